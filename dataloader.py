@@ -1,0 +1,101 @@
+"""Batches: packed splits to device tensors, in a seeded order that any step can resume.
+
+The order is a pure function of (seed, epoch), so a checkpoint stores no loader state: the batch of
+a step is found from the step's number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lra_config import PADDING_ID, Config
+from lra_datasets import PackedSplit
+
+BUCKET_BATCHES = 50  # batches that are sorted by length together
+
+
+class Batch(NamedTuple):
+    """Sequences on the device, trimmed to the segments that hold a real token of any of them."""
+
+    tokens: Tensor  # (B, L) int64, L a multiple of the segment length
+    mask: Tensor | None  # (B, L) bool, True at real tokens; None if nothing is padded
+    labels: Tensor  # (B,) int64
+
+
+def collate(
+    split: PackedSplit, rows: np.ndarray, segment_len: int, device: torch.device
+) -> Batch:
+    """Gather the sequences `rows` (B,) of a packed split into one padded batch."""
+    lengths = split.lengths[rows]
+    L = max(-(-int(lengths.max()) // segment_len), 1) * segment_len
+    columns = np.arange(L)
+    mask = columns < lengths[:, None]  # (B, L)
+    # Past the end of a sequence lies the next one, and past the last one nothing: clip, then blank.
+    at = np.minimum(split.starts[rows][:, None] + columns, len(split.tokens) - 1)
+    tokens = np.where(mask, split.tokens[at], PADDING_ID)
+
+    def to_device(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(
+        tokens=to_device(tokens).long(),
+        mask=None if mask.all() else to_device(mask),
+        labels=to_device(split.labels[rows]),
+    )
+
+
+def epoch_batches(split: PackedSplit, config: Config, epoch: int) -> np.ndarray:
+    """The rows (batches, batch_size) of one epoch; what does not fill a batch is left out.
+
+    With `bucket_by_length` the shuffled rows are sorted by length inside windows of
+    `BUCKET_BATCHES` batches, and the batches are shuffled again.
+    """
+    random = np.random.default_rng([config.seed, epoch])
+    rows = random.permutation(len(split))
+    B = config.batch_size
+    if config.bucket_by_length:
+        window = B * BUCKET_BATCHES
+        rows = np.concatenate([
+            part[np.argsort(split.lengths[part], kind="stable")]
+            for part in np.split(rows, range(window, len(rows), window))
+        ])
+    batches = rows[: len(rows) // B * B].reshape(-1, B)
+    return random.permutation(batches, axis=0) if config.bucket_by_length else batches
+
+
+def training_batches(
+    split: PackedSplit, config: Config, device: torch.device, start_step: int = 0
+) -> Iterator[Batch]:
+    """Endless batches from step `start_step` on, epoch after epoch.
+
+    Raises:
+        ValueError: the split holds fewer examples than one batch.
+    """
+    per_epoch = len(split) // config.batch_size
+    if not per_epoch:
+        raise ValueError(
+            f"batch_size={config.batch_size} exceeds the {len(split)} training examples; lower it"
+        )
+    epoch, position = divmod(start_step, per_epoch)
+    while True:
+        for rows in epoch_batches(split, config, epoch)[position:]:
+            yield collate(split, rows, config.segment_len, device)
+        epoch, position = epoch + 1, 0
+
+
+def evaluation_batches(
+    split: PackedSplit, config: Config, device: torch.device
+) -> Iterator[Batch]:
+    """Every example once, in batches of like length."""
+    rows = np.argsort(split.lengths, kind="stable")
+    for start in range(0, len(rows), config.batch_size):
+        chunk = rows[start : start + config.batch_size]
+        yield collate(split, chunk, config.segment_len, device)

@@ -1,0 +1,289 @@
+"""The validated configuration, the task table and the tokenizers.
+
+A configuration is one flat YAML mapping. `load_config` reads it, applies `key=value` overrides and
+validates everything before any data or model is touched; each mistake is a `ConfigError` of one
+line that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PADDING_ID = 0
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, told in one line."""
+
+
+class ListOpsTokenizer:
+    """ListOps expressions to ids: four operators, the closing bracket and ten digits.
+
+    Parentheses only mark the binary tree of the generator and are dropped (LRA does the same).
+    """
+
+    tokens = ("[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
+    vocab_size = 1 + len(tokens)
+    dtype = np.uint8
+
+    def __init__(self) -> None:
+        self._ids = {token: i for i, token in enumerate(self.tokens, start=PADDING_ID + 1)}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids (length,) uint8 of one expression.
+
+        Raises:
+            ValueError: the text holds a token that is not in the vocabulary, or none at all.
+        """
+        words = text.replace("(", " ").replace(")", " ").split()
+        if not words:
+            raise ValueError("the expression is empty")
+        try:
+            return np.fromiter(map(self._ids.__getitem__, words), self.dtype, len(words))
+        except KeyError as error:
+            raise ValueError(
+                f"unknown token {error.args[0]!r}; ListOps has {' '.join(self.tokens)}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the task table: what a data set fixes and what it suggests."""
+
+    tokenizer: type
+    num_classes: int
+    max_seq_len: int
+    num_segments: int
+
+
+TASKS = {
+    "listops": Task(ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8),
+}
+
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Config(BaseModel):
+    """One run. Lengths count tokens, widths count features, intervals count optimizer steps.
+
+    The paper does not publish its hyper-parameters per task: what a comment calls `paper` is
+    published, everything else is our choice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # Data
+    dataset: Literal[tuple(TASKS)]
+    data_dir: str = "datasets"
+    max_seq_len: Size  # after padding to whole segments; default: the task table's
+    bucket_by_length: bool = False  # batches of like length: less padding, same epochs
+
+    # Segments and memory
+    num_segments: Size  # T; default: the task table's (paper: one of 2, 4, 8, 16)
+    num_memory_tokens: Count = 1  # M; 0 is the no-memory ablation
+    astro_mem: bool = True  # retention factor on the memory (paper); false: all factors are one
+    memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
+
+    # Encoder
+    attention_type: Literal["astro", "softmax", "linear"] = "astro"
+    dim: Size = 64
+    num_layers: Size = 2
+    num_heads: Size = 2
+    ffn_dim: Size = 128
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pooling: Literal["mean", "last", "memory"] = "mean"
+    position_embedding: Literal["learned", "sinusoidal", "none"] = "learned"
+
+    # Terms of the astromorphic attention
+    hebbian_astro: bool = True  # H_astro, the relative positions (paper)
+    hebbian_sigmoid: bool = False  # sigmoid around H: AT has it, RMAAT has not (paper)
+    hebbian_scale: Positive | None = None  # divisor of H; null: m, the width of a head (paper)
+    presynaptic_alpha: Positive = 0.25  # paper; AT's tested range is 0.15-0.4
+    presynaptic_normalize: bool = True  # P = 1 / C (paper); false: P = 1
+    decay_scale: NonNegative = 1.0  # of the position kernel, per token; unpublished
+    position_basis: Literal["localised", "random"] = "localised"  # start of B; unpublished
+    position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
+
+    # Optimization
+    batch_size: Size = 32
+    max_steps: Size = 5_000
+    stop_after_steps: Size | None = None  # end earlier on the same schedule
+    learning_rate: Positive = 1e-3
+    warmup_steps: Count = 200
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: NonNegative = 0.01
+    grad_clip: NonNegative = 1.0  # global norm; 0: off
+    eval_interval: Size = 250
+    log_interval: Size = 10
+    checkpoint_interval: Size = 50
+    seed: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+
+    # The run's folder and logging
+    output_dir: str = "runs"
+    run_name: str  # default: <dataset>_<attention_type>_seed<seed>
+    wandb: bool = False
+    wandb_project: str = "rmaat"
+    wandb_run_name: str | None = None  # default: run_name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = {"attention_type": "astro", "seed": 0, **values}
+        task = TASKS.get(values.get("dataset"))
+        if task is not None:
+            values.setdefault("max_seq_len", task.max_seq_len)
+            values.setdefault("num_segments", task.num_segments)
+        else:
+            # The dataset is what is wrong: do not complain about what depends on it.
+            values.setdefault("max_seq_len", 1)
+            values.setdefault("num_segments", 1)
+        values.setdefault(
+            "run_name", "{dataset}_{attention_type}_seed{seed}".format(**{"dataset": "", **values})
+        )
+        return values
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Config:
+        if self.max_seq_len % self.num_segments:
+            padded = -(-self.max_seq_len // self.num_segments) * self.num_segments
+            raise ValueError(
+                f"max_seq_len={self.max_seq_len} does not split into num_segments="
+                f"{self.num_segments} equal segments; set max_seq_len={padded} or another "
+                "num_segments"
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide dim={self.dim}; "
+                "choose a num_heads that does"
+            )
+        if self.position_embedding == "sinusoidal" and self.dim % 2:
+            raise ValueError(
+                f"dim={self.dim} is odd; position_embedding=sinusoidal needs an even dim"
+            )
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}; "
+                "lower warmup_steps"
+            )
+        if self.pooling == "memory" and not self.num_memory_tokens:
+            raise ValueError(
+                "pooling=memory reads the memory tokens, and num_memory_tokens=0; "
+                "set num_memory_tokens to 1 or more, or pooling to mean or last"
+            )
+        if not re.fullmatch(r"[\w.+-]+", self.run_name) or self.run_name in {".", ".."}:
+            raise ValueError(
+                f"run_name={self.run_name!r} names a folder; use letters, digits and . _ + -"
+            )
+        return self
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.dataset]
+
+    @property
+    def segment_len(self) -> int:
+        """S, the tokens of one segment."""
+        return self.max_seq_len // self.num_segments
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends: `max_steps`, or `stop_after_steps` if that is earlier."""
+        return min(self.max_steps, self.stop_after_steps or self.max_steps)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.run_name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the floats of YAML 1.2, so that `1e-3` is a number and not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not readable as YAML"
+        raise ConfigError(f"{source}{where}: {problem}; fix the YAML") from None
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """The first of pydantic's complaints in one line: key, value, what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, Config.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"keys: {', '.join(Config.model_fields)}"
+        return f"{source}: unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"{source}: {key} is missing; set it to one of {', '.join(TASKS)}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{source}: {message}" if not key else f"{source}: {key}={first['input']!r} {message}"
+
+
+def make_config(values: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a mapping of keys to values.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible combination.
+    """
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides in order, validate.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` strings; the value is read as YAML.
+    Raises:
+        ConfigError: a missing, unreadable or empty file, or any invalid key or value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+        raise ConfigError(f"{path}: {reason}; name a YAML file, as in configs/") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no `key: value` lines; see configs/config_v10.yaml")
+    not_text = [key for key in values if not isinstance(key, str)]
+    if not_text:
+        raise ConfigError(f"{path}: key {not_text[0]!r} is not a name")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        values[key] = _parse_yaml(value, f"override {override!r}")
+    return make_config(values, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

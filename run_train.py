@@ -1,0 +1,41 @@
+"""Train RMAAT from a YAML file: `python run_train.py --config FILE [key=value ...] [--resume]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from checkpoint import CheckpointError
+from lra_config import ConfigError, load_config
+from lra_datasets import DataError
+from train import Interrupted, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, as in configs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last.pt")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        summary = train(config, resume=arguments.resume)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"run_train.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"run_train.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"run_train.py: {error}; go on with --resume", file=sys.stderr)
+        return error.exit_status
+    print(
+        f"test_acc {summary.test_accuracy:.4f}  best_val_acc {summary.best_val_accuracy:.4f} "
+        f"(step {summary.best_step})  steps {summary.steps}  seconds {summary.seconds:.0f}  "
+        f"-> {config.run_dir}/summary.json"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""Properties of the generated ListOps data; every expectation here is computed the naive way."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import generate_lra
+from generate_lra import generate_listops
+
+SPLITS = ("train", "val", "test")
+OPERATORS = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda values: int(statistics.median(values)),
+    "[SM": lambda values: sum(values) % 10,
+}
+# Two means of correct generators differ by more than this many standard errors about once in
+# 16 000 comparisons; the seeds are fixed, so a pass stays a pass.
+MAX_STANDARD_ERRORS = 4.0
+# Bounds at which a recursive generator in Python is quick.
+SHORT = {"min_length": 5, "max_length": 60}
+
+
+def read_rows(folder: Path, split: str) -> list[tuple[str, str]]:
+    header, *rows = (folder / f"basic_{split}.tsv").read_text().splitlines()
+    assert header == "Source\tTarget"
+    return [tuple(row.split("\t")) for row in rows]
+
+
+def parse_pairs(source: str):
+    """Read `( a b )` into (a, b), and anything else into the token itself."""
+    tokens = iter(source.split(" "))
+
+    def parse():
+        token = next(tokens)
+        if token != "(":
+            assert token != ")"
+            return token
+        pair = (parse(), parse())
+        assert next(tokens) == ")"
+        return pair
+
+    pairs = parse()
+    assert next(tokens, None) is None
+    return pairs
+
+
+def to_tree(pairs):
+    """Undo LRA's nesting ((((op, a), b), ...), ]) into (op, [a, b, ...]); digits become int."""
+    if isinstance(pairs, str):
+        return int(pairs)
+    rest, end = pairs
+    assert end == "]"
+    args = []
+    while not isinstance(rest, str):
+        rest, arg = rest
+        args.insert(0, to_tree(arg))
+    assert rest in OPERATORS
+    return rest, args
+
+
+def render(tree) -> str:
+    """Nest the tree into pairs and print them recursively, as LRA's to_string does."""
+
+    def nest(tree):
+        if isinstance(tree, int):
+            return tree
+        operator, args = tree
+        pairs = operator
+        for arg in args:
+            pairs = (pairs, nest(arg))
+        return (pairs, "]")
+
+    def to_string(pairs) -> str:
+        if isinstance(pairs, tuple):
+            return "( " + to_string(pairs[0]) + " " + to_string(pairs[1]) + " )"
+        return str(pairs)
+
+    return to_string(nest(tree))
+
+
+def evaluate(tree) -> int:
+    return tree if isinstance(tree, int) else OPERATORS[tree[0]]([evaluate(a) for a in tree[1]])
+
+
+def length_of(tree) -> int:
+    return 1 if isinstance(tree, int) else 2 + sum(length_of(arg) for arg in tree[1])
+
+
+def depth_of(tree) -> int:
+    return 1 if isinstance(tree, int) else 1 + max(depth_of(arg) for arg in tree[1])
+
+
+def operator_nodes(tree) -> list:
+    if isinstance(tree, int):
+        return []
+    return [tree, *(node for arg in tree[1] for node in operator_nodes(arg))]
+
+
+def naive_tree(rng: random.Random, depth: int = 1):
+    """Draw one tree by the recursive definition of ListOps in LRA."""
+    if depth < 10 and rng.random() < 0.25:
+        args = [naive_tree(rng, depth + 1) for _ in range(rng.randint(2, 10))]
+        return rng.choice(list(OPERATORS)), args
+    return rng.randrange(10)
+
+
+def naive_trees(seed: int, count: int, min_length: int, max_length: int) -> list:
+    rng = random.Random(seed)
+    distinct = {}
+    while len(distinct) < count:
+        tree = naive_tree(rng)
+        if min_length < length_of(tree) < max_length:
+            distinct.setdefault(render(tree), tree)
+    return list(distinct.values())
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, generate_lra.__file__, "listops", *map(str, options)]
+
+
+def run_command(*options: object, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*options), capture_output=True, text=True, timeout=60, **kwargs)
+
+
+def files_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def full_length(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("full")
+    return generate_listops(out, seed=3, train=300, val=40, test=60, workers=1)
+
+
+@pytest.fixture(scope="module")
+def full_length_rows(full_length: Path) -> list[tuple[str, str]]:
+    return [row for split in SPLITS for row in read_rows(full_length, split)]
+
+
+@pytest.fixture(scope="module")
+def short_trees(tmp_path_factory: pytest.TempPathFactory) -> list:
+    out = tmp_path_factory.mktemp("short")
+    folder = generate_listops(out, seed=4, train=8_000, val=1, test=1, workers=1, **SHORT)
+    return [to_tree(parse_pairs(source)) for source, _ in read_rows(folder, "train")]
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    one, three = (
+        generate_listops(tmp_path / str(n), seed=7, train=2_000, val=30, test=30, workers=n)
+        for n in (1, 3)
+    )
+    names = sorted(path.name for path in one.iterdir())
+    assert names == ["GENERATED.json", "basic_test.tsv", "basic_train.tsv", "basic_val.tsv"]
+    assert names == sorted(path.name for path in three.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (three / name).read_bytes()
+
+
+def test_another_seed_gives_other_sequences(full_length: Path, tmp_path: Path) -> None:
+    other = generate_listops(tmp_path, seed=8, train=300, val=40, test=60, workers=1)
+    assert not set(read_rows(full_length, "train")) & set(read_rows(other, "train"))
+
+
+def test_splits_have_the_requested_sizes(full_length: Path) -> None:
+    assert [len(read_rows(full_length, split)) for split in SPLITS] == [300, 40, 60]
+
+
+def test_files_lie_where_the_loader_looks(full_length: Path) -> None:
+    assert full_length.parts[-2:] == ("lra_release", "listops-1000")
+
+
+def test_every_target_is_the_value_of_its_source(full_length_rows) -> None:
+    for source, target in full_length_rows:
+        assert target == str(evaluate(to_tree(parse_pairs(source))))
+
+
+def test_every_source_is_its_pair_tree_printed(full_length_rows) -> None:
+    for source, _ in full_length_rows:
+        assert source == render(to_tree(parse_pairs(source)))
+
+
+def test_known_tree_is_written_exactly() -> None:
+    tree = ("[MAX", [3, ("[SM", [9, 4])])
+    source = "( ( ( [MAX 3 ) ( ( ( [SM 9 ) 4 ) ] ) ) ] )"
+    assert render(tree) == source and to_tree(parse_pairs(source)) == tree
+    # The same tree as columns: the root, its two arguments, the two digits below.
+    levels = [
+        generate_lra.Level(np.array([0]), np.array([2]), np.array([1])),
+        generate_lra.Level(np.array([0, 0]), np.array([0, 2]), np.array([3, 3])),
+        generate_lra.Level(np.array([0, 0]), np.array([0, 0]), np.array([9, 4])),
+    ]
+    values, sizes = generate_lra.evaluate_and_measure(levels)
+    codes = generate_lra.lay_out(levels, sizes)
+    assert b" ".join(generate_lra.PIECES[code] for code in codes).decode() == source
+    assert values.tolist() == [3]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_agree_with_plain_python(name: str) -> None:
+    rng = random.Random(0)
+    groups = [[rng.randrange(10) for _ in range(rng.randint(2, 10))] for _ in range(300)]
+    actual = generate_lra.apply_operators(
+        np.full(len(groups), list(OPERATORS).index(name)),
+        np.array([len(group) for group in groups]),
+        np.array([digit for group in groups for digit in group]),
+    )
+    assert actual.tolist() == [OPERATORS[name](group) for group in groups]
+
+
+def test_lengths_lie_strictly_between_the_bounds(full_length_rows, short_trees) -> None:
+    for source, _ in full_length_rows:
+        counted = [token for token in source.split(" ") if token not in "()"]
+        assert 500 < len(counted) < 2_000
+    lengths = {length_of(tree) for tree in short_trees}
+    # With this many sequences both extremes occur, so an off-by-one would show.
+    assert (min(lengths), max(lengths)) == (6, 59)
+
+
+def test_depth_and_number_of_arguments_stay_in_range(full_length_rows) -> None:
+    trees = [to_tree(parse_pairs(source)) for source, _ in full_length_rows]
+    assert max(depth_of(tree) for tree in trees) == 10
+    num_args = {len(node[1]) for tree in trees for node in operator_nodes(tree)}
+    assert num_args == set(range(2, 11))
+
+
+def test_no_sequence_occurs_twice(tmp_path: Path) -> None:
+    """At length 4 there are 4 operators x 100 digit pairs, so repeats are drawn all the time."""
+    folder = generate_listops(
+        tmp_path, seed=0, train=200, val=50, test=50, workers=1, min_length=3, max_length=5
+    )
+    sources = [source for split in SPLITS for source, _ in read_rows(folder, split)]
+    assert len(set(sources)) == 300
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        pytest.param(length_of, id="length"),
+        pytest.param(lambda tree: length_of(tree) ** 2, id="squared length"),
+        pytest.param(depth_of, id="depth"),
+        pytest.param(evaluate, id="value"),
+        pytest.param(lambda tree: evaluate(tree) == 0, id="value is 0"),
+        pytest.param(lambda tree: len(tree[1]), id="arguments of the root"),
+        pytest.param(lambda tree: isinstance(tree[1][0], int), id="first argument is a digit"),
+        pytest.param(lambda tree: isinstance(tree[1][-1], int), id="last argument is a digit"),
+        pytest.param(lambda tree: len(operator_nodes(tree)), id="operators"),
+        pytest.param(lambda tree: len(operator_nodes(tree)[-1][1]), id="arguments of the last"),
+        *(
+            pytest.param(lambda tree, name=name: tree[0] == name, id=f"root is {name[1:]}")
+            for name in OPERATORS
+        ),
+    ],
+)
+def test_distribution_is_that_of_the_recursive_definition(short_trees, statistic) -> None:
+    ours = [float(statistic(tree)) for tree in short_trees]
+    naive = [float(statistic(tree)) for tree in naive_reference()]
+    standard_error = math.sqrt(
+        statistics.variance(ours) / len(ours) + statistics.variance(naive) / len(naive)
+    )
+    difference = statistics.fmean(ours) - statistics.fmean(naive)
+    assert abs(difference) < MAX_STANDARD_ERRORS * standard_error
+
+
+@functools.cache
+def naive_reference() -> list:
+    return naive_trees(seed=1, count=4_000, **SHORT)
+
+
+def test_distribution_at_full_depth_is_that_of_the_recursive_definition(full_length_rows) -> None:
+    """The short trees hardly reach the deepest level, where only digits may stand."""
+    naive = [
+        length_of(tree) for tree in naive_trees(seed=2, count=400, min_length=500, max_length=2_000)
+    ]
+    ours = [length_of(to_tree(parse_pairs(source))) for source, _ in full_length_rows]
+    standard_error = math.hypot(statistics.stdev(ours), statistics.stdev(naive)) / math.sqrt(400)
+    assert (
+        abs(statistics.fmean(ours) - statistics.fmean(naive)) < MAX_STANDARD_ERRORS * standard_error
+    )
+
+
+def test_record_describes_the_files(full_length: Path) -> None:
+    record = json.loads((full_length / "GENERATED.json").read_text())
+    assert record["task"] == "listops"
+    assert record["seed"] == 3
+    assert record["counts"] == {"train": 300, "val": 40, "test": 60}
+    assert record["parameters"]["min_length"] == 500
+    assert record["parameters"]["max_length"] == 2_000
+    assert record["format_version"] == generate_lra.FORMAT_VERSION
+    assert record["numpy"] == np.__version__
+    assert record["sha256"] == {
+        f"basic_{split}.tsv": hashlib.sha256(
+            (full_length / f"basic_{split}.tsv").read_bytes()
+        ).hexdigest()
+        for split in SPLITS
+    }
+
+
+def test_command_writes_what_the_function_writes(full_length: Path, tmp_path: Path) -> None:
+    done = run_command(
+        "--out", tmp_path, "--seed", 3, "--train", 300, "--val", 40, "--test", 60, "--workers", 1
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for path in full_length.iterdir():
+        assert (
+            tmp_path / "lra_release" / "listops-1000" / path.name
+        ).read_bytes() == path.read_bytes()
+
+
+def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "lra_release" / "listops-1000" / "basic_val.tsv"
+    target.parent.mkdir(parents=True)
+    target.write_text("precious")
+    done = run_command("--out", tmp_path, "--seed", 0)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{target} exists; remove it or choose another --out" in done.stderr
+    assert files_under(tmp_path) == [target] and target.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--train", "0"], "train"),
+        (["--val", "-1"], "val"),
+        (["--test", "0"], "test"),
+        (["--train", "many"], "--train"),
+        (["--workers", "0"], "workers"),
+        (["--seed", "-1"], "seed"),
+        (["--min_length", "0"], "min_length"),
+        (["--min_length", "900", "--max_length", "901"], "max_length"),
+        (["--min_length", "1", "--max_length", "4"], "max_length"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_wrong_argument_exits_2_with_one_line(
+    options: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    try:
+        status = generate_lra.main(["listops", "--out", str(tmp_path), "--seed", "0", *options])
+    except SystemExit as exit_:
+        status = exit_.code
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.count("\n") == 1 and named in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_unusable_out_exits_2_with_one_line(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    done = run_command("--out", blocker, "--seed", 0)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and str(blocker) in done.stderr
+
+
+def test_request_for_more_than_exists_ends(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="400 distinct sequences"):
+        generate_listops(
+            tmp_path, seed=0, train=1_000, val=1, test=1, workers=1, min_length=3, max_length=5
+        )
+    assert not files_under(tmp_path)
+
+
+@pytest.mark.parametrize("failing_call", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 2])
+def test_failure_leaves_no_file(
+    failing_call: str, error: BaseException, after: int, tmp_path: Path, monkeypatch
+) -> None:
+    original, calls = getattr(os, failing_call), []
+
+    def fail(*args) -> None:
+        calls.append(args)
+        if len(calls) > after:
+            raise error
+        original(*args)
+
+    monkeypatch.setattr(os, failing_call, fail)
+    with pytest.raises(type(error)):
+        generate_listops(tmp_path, seed=0, train=5, val=5, test=5, workers=1)
+    assert not files_under(tmp_path)
+
+
+def test_full_disk_exits_2_with_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    """A limit on the size of files makes the writes themselves fail, as a full disk does."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = run_command(
+        "--out", tmp_path, "--seed", 0, "--train", 500, "--workers", 2, preexec_fn=limit
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert not files_under(tmp_path)
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_no_file(signal_number: int, status: int, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("--out", tmp_path, "--seed", 0, "--workers", 2), stderr=subprocess.PIPE, text=True
+    )
+    give_up = time.monotonic() + 30
+    # Rows on the disk: all processes are at work.
+    while not any(path.stat().st_size for path in files_under(tmp_path)):
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.05)
+    process.send_signal(signal_number)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in message
+    assert not files_under(tmp_path)

@@ -1,0 +1,466 @@
+"""Gradients (BPTT and AMRB), the training loop and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from dataloader import Batch, evaluation_batches, training_batches
+from lra_config import Config, ConfigError, dump_config
+from lra_datasets import SPLITS, load_split, open_dataset
+from model import RMAAT, build_model
+from plots import plot_curves
+from utils import (
+    RunLog,
+    atomic_write,
+    capture_rng,
+    peak_memory_mib,
+    restored_rng,
+    seed_everything,
+    seed_step,
+    versions,
+    write_json,
+)
+
+
+class StepResult(NamedTuple):
+    """What a backward pass leaves behind besides `.grad`."""
+
+    loss: Tensor  # () mean cross-entropy, in nats, detached
+    logits: Tensor  # (B, C), detached
+
+
+class Metrics(NamedTuple):
+    """Means over the examples of an evaluation."""
+
+    loss: float  # nats
+    accuracy: float  # fraction
+    examples: int
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signal_number).name} at step {step}; checkpoint saved")
+        self.exit_status = 128 + signal_number
+
+
+def bptt_backward(model: RMAAT, batch: Batch) -> StepResult:
+    """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
+
+    Args:
+        batch: tokens (B, L), mask (B, L) or None, labels (B,).
+    """
+    logits = model(batch.tokens, batch.mask)
+    loss = F.cross_entropy(logits, batch.labels)
+    loss.backward()
+    return StepResult(loss.detach(), logits.detach())
+
+
+def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
+    """Add the gradients of the mean loss to `.grad`, holding one segment's activations at a time.
+
+    The gradients are those of `bptt_backward`. The first pass keeps the T memories (B, M, D) that
+    enter the segments; the backward pass runs each segment again from its memory. The last
+    segment's first run is kept, so a step costs (4T - 1) / (3T) of BPTT's arithmetic.
+
+    Args:
+        batch: tokens (B, L), mask (B, L) or None, labels (B,).
+    Source: RMAAT, astrocytic memory replay backpropagation (PAPER 1.3).
+    """
+    device = batch.tokens.device
+    segments, mask = model.split(batch.tokens, batch.mask)
+    last = len(segments) - 1
+    initial_memory = model.initial_memory(len(batch.labels))  # (B, M, D)
+    positions = model.positions()
+    # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
+    shared = None if positions is None else _leaf(positions)
+
+    def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, segment_mask = segments[index]
+        return model.segment(tokens, memory, index, segment_mask, shared)
+
+    replay_buffer, readouts = [], []
+    memory = initial_memory.detach()
+    with torch.no_grad():
+        for index in range(last):
+            # Dropout must draw the same masks in the replay: its random state is stored too.
+            replay_buffer.append((memory, capture_rng(device)))
+            memory, readout = run(index, memory)
+            readouts.append(readout)
+    memory_in = _leaf(memory)
+    memory_out, readout = run(last, memory_in)
+
+    readout_leaves = [_leaf(r) for r in [*readouts, readout]]  # each (B, D)
+    logits = model.head(model.combine(readout_leaves, mask))
+    loss = F.cross_entropy(logits, batch.labels)
+    loss.backward()
+
+    torch.autograd.backward(readout, readout_leaves[last].grad)
+    for index in reversed(range(last)):
+        memory_grad = memory_in.grad  # of mem_{t+1}, (B, M, D)
+        memory, rng_state = replay_buffer.pop()
+        memory_in = _leaf(memory)
+        with restored_rng(rng_state, device):
+            memory_out, readout = run(index, memory_in)
+        # One call for both paths: two would need the graph twice.
+        torch.autograd.backward([readout, memory_out], [readout_leaves[index].grad, memory_grad])
+    torch.autograd.backward(initial_memory, memory_in.grad)
+    if positions is not None:
+        torch.autograd.backward(positions, shared.grad)
+    return StepResult(loss.detach(), logits.detach())
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+@torch.inference_mode()
+def evaluate(model: RMAAT, batches: Iterable[Batch]) -> Metrics:
+    """Loss and accuracy over all examples of `batches`, without dropout."""
+    training = model.training
+    model.eval()
+    loss, correct, examples = 0.0, 0, 0
+    for batch in batches:
+        logits = model(batch.tokens, batch.mask)
+        loss += F.cross_entropy(logits, batch.labels, reduction="sum").double()
+        correct += (logits.argmax(dim=-1) == batch.labels).sum()
+        examples += len(batch.labels)
+    model.train(training)
+    return Metrics(float(loss) / examples, float(correct) / examples, examples)
+
+
+def learning_rate_factor(step: int, config: Config) -> float:
+    """The schedule's factor on the learning rate at `step` (from 0): warm-up, then decay to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
+    if config.lr_schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1 - progress if config.lr_schedule == "linear" else 1.0
+
+
+def build_optimizer(model: RMAAT, config: Config) -> torch.optim.AdamW:
+    """AdamW in three groups: the position basis, matrices, and what takes no weight decay."""
+    basis, decayed, undecayed = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith("position_basis"):
+            basis.append(parameter)
+        elif name.endswith("weight") and parameter.ndim == 2 and "embedding" not in name:
+            decayed.append(parameter)
+        else:
+            undecayed.append(parameter)
+    groups = [
+        {"params": basis, "factor": config.position_lr_factor, "weight_decay": 0.0},
+        {"params": decayed, "factor": 1.0, "weight_decay": config.weight_decay},
+        {"params": undecayed, "factor": 1.0, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The device of the run.
+
+    Raises:
+        ConfigError: `device: cuda` on a machine without one.
+    """
+    present = torch.cuda.is_available()
+    if config.device == "cuda" and not present:
+        raise ConfigError("device='cuda' but torch sees no CUDA device; set device to cpu or auto")
+    return torch.device("cuda" if present and config.device != "cpu" else "cpu")
+
+
+@dataclass
+class Summary:
+    """What `summary.json` says of a finished run. Accuracies are fractions."""
+
+    dataset: str
+    test_accuracy: float
+    test_loss: float
+    best_val_accuracy: float
+    best_step: int
+    steps: int
+    seconds: float  # of training, evaluations included
+    tokens_per_second: float  # real tokens, evaluations not included
+    peak_memory_mib: float
+    parameters: int
+    seed: int
+    device: str
+    data: str  # downloaded or generated
+    examples: dict[str, int]  # per split
+    versions: dict[str, str]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of a checkpoint that is neither model nor optimizer."""
+
+    step: int = 0
+    best_val_accuracy: float = -1.0
+    best_step: int = 0
+    seconds: float = 0.0  # of training, evaluations included
+    train_seconds: float = 0.0  # of the steps alone
+    tokens: int = 0  # real ones
+    # Since the last line of the log
+    loss_sum: float = 0.0
+    correct: int = 0
+    logged_examples: int = 0
+    logged_tokens: int = 0
+    logged_seconds: float = 0.0
+
+
+class Trainer:
+    """One run in its folder: model, optimizer, data and progress, from step to step."""
+
+    def __init__(self, config: Config, *, resume: bool) -> None:
+        self.config = config
+        self.device = resolve_device(config)
+        self.folder = config.run_dir
+        self.progress = Progress()
+        state = self._claim_folder(resume)
+
+        self.reader = open_dataset(config)
+        self.splits = {name: load_split(self.reader, name) for name in SPLITS}
+        seed_everything(config.seed)
+        self.model = build_model(config).to(self.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+        self.log = RunLog(
+            self.folder, keep_until=self.progress.step, wandb_run=_start_wandb(config, resume)
+        )
+
+    def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
+        """Make the run's folder, or find the state to resume from in it."""
+        last = self.folder / "last.pt"
+        if resume:
+            state = checkpoint.load(last, self.device)
+            _check_resumable(self.config, state["config"], last)
+            return state
+        if last.exists():
+            raise ConfigError(
+                f"{self.folder} holds a checkpoint; add --resume to go on from it, or set another "
+                "run_name"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in ("metrics.jsonl", "summary.json"):
+            (self.folder / stale).unlink(missing_ok=True)
+        with atomic_write(self.folder / "config.yaml", "w") as handle:
+            handle.write(dump_config(self.config))
+        return None
+
+    def run(self) -> Summary:
+        """Train to the last step, then test once with the weights of the best validation."""
+        config, progress = self.config, self.progress
+        batches = training_batches(self.splits["train"], config, self.device, progress.step)
+        bar = tqdm(
+            total=config.last_step, initial=progress.step, desc=config.run_name,
+            unit=" steps", disable=None, smoothing=0.05,
+        )
+        self.model.train()
+        with bar, _caught_signals() as received:
+            while progress.step < config.last_step:
+                started = time.perf_counter()
+                self.train_step(next(batches))
+                elapsed = time.perf_counter() - started
+                progress.train_seconds += elapsed
+                progress.logged_seconds += elapsed
+                progress.seconds += elapsed
+                bar.update()
+
+                step, done = progress.step, progress.step == config.last_step
+                if step % config.log_interval == 0 or done:
+                    bar.set_postfix(self.log_training())
+                if step % config.eval_interval == 0 or done:
+                    self.validate()
+                if step % config.checkpoint_interval == 0 or done or received:
+                    self.save()
+                if received:
+                    raise Interrupted(received[0], step)
+        return self.finish()
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step."""
+        config, progress = self.config, self.progress
+        seed_step(config.seed, progress.step)
+        factor = learning_rate_factor(progress.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor * group["factor"]
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self.backward(self.model, batch)
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+
+        progress.step += 1
+        tokens = batch.tokens.numel() if batch.mask is None else int(batch.mask.sum())
+        progress.tokens += tokens
+        progress.logged_tokens += tokens
+        progress.logged_examples += len(batch.labels)
+        progress.loss_sum += float(result.loss) * len(batch.labels)
+        progress.correct += int((result.logits.argmax(dim=-1) == batch.labels).sum())
+
+    def log_training(self) -> dict[str, str]:
+        """Write the means since the last line; return what the bar shows."""
+        progress = self.progress
+        loss = progress.loss_sum / progress.logged_examples
+        accuracy = progress.correct / progress.logged_examples
+        speed = progress.logged_tokens / progress.logged_seconds
+        self.log.write(
+            progress.step,
+            loss=loss,
+            accuracy=accuracy,
+            learning_rate=self.config.learning_rate
+            * learning_rate_factor(progress.step - 1, self.config),
+            tokens_per_second=round(speed),
+            seconds=round(progress.seconds, 3),
+        )
+        progress.loss_sum, progress.correct = 0.0, 0
+        progress.logged_examples, progress.logged_tokens, progress.logged_seconds = 0, 0, 0.0
+        return {"loss": f"{loss:.3f}", "acc": f"{accuracy:.3f}", "tok/s": f"{speed:,.0f}"}
+
+    def validate(self) -> None:
+        """Evaluate on the validation split and keep the weights if they are the best so far."""
+        progress = self.progress
+        started = time.perf_counter()
+        metrics = self._evaluate("val")
+        if metrics.accuracy > progress.best_val_accuracy:
+            progress.best_val_accuracy, progress.best_step = metrics.accuracy, progress.step
+            checkpoint.save(
+                self.folder / "best.pt",
+                {"model": self.model.state_dict(), "config": self.config.model_dump(),
+                 "step": progress.step, "val_accuracy": metrics.accuracy},
+            )
+        progress.seconds += time.perf_counter() - started
+        self.log.write(progress.step, val_loss=metrics.loss, val_accuracy=metrics.accuracy)
+        tqdm.write(
+            f"step {progress.step}: val_loss {metrics.loss:.4f}  val_acc {metrics.accuracy:.4f}"
+        )
+
+    def save(self) -> None:
+        """Write `last.pt`."""
+        checkpoint.save(
+            self.folder / "last.pt",
+            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+             "progress": dataclasses.asdict(self.progress), "config": self.config.model_dump()},
+        )
+
+    def finish(self) -> Summary:
+        """Test with the best weights; write `summary.json`, the weights and the curves."""
+        config, progress = self.config, self.progress
+        best = checkpoint.load(self.folder / "best.pt", self.device)
+        self.model.load_state_dict(best["model"])
+        metrics = self._evaluate("test")
+        summary = Summary(
+            dataset=config.dataset,
+            test_accuracy=metrics.accuracy,
+            test_loss=metrics.loss,
+            best_val_accuracy=progress.best_val_accuracy,
+            best_step=progress.best_step,
+            steps=progress.step,
+            seconds=round(progress.seconds, 1),
+            tokens_per_second=round(progress.tokens / progress.train_seconds),
+            peak_memory_mib=round(peak_memory_mib(self.device), 1),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            seed=config.seed,
+            device=str(self.device),
+            data=self.reader.origin(),
+            examples={name: len(split) for name, split in self.splits.items()},
+            versions=versions(),
+        )
+        save_weights(self.model, self.folder / "best.safetensors")
+        plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
+        write_json(self.folder / "summary.json", dataclasses.asdict(summary))
+        return summary
+
+    def _evaluate(self, split: str) -> Metrics:
+        batches = evaluation_batches(self.splits[split], self.config, self.device)
+        return evaluate(self.model, batches)
+
+
+def save_weights(model: RMAAT, path: Path) -> None:
+    """Write the weights as safetensors, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, part)
+    part.replace(path)
+
+
+# What may differ between the run that saved a checkpoint and the one that resumes it.
+_RESUMABLE = {
+    "data_dir", "device", "output_dir", "run_name", "stop_after_steps", "log_interval",
+    "eval_interval", "checkpoint_interval", "wandb", "wandb_project", "wandb_run_name",
+}
+
+
+def _check_resumable(config: Config, saved: dict[str, Any], path: Path) -> None:
+    for key, value in config.model_dump().items():
+        if key not in _RESUMABLE and saved.get(key) != value:
+            raise ConfigError(
+                f"{key}={value!r} but {path} was saved with {key}={saved.get(key)!r}; "
+                "resume with the same value, or set another run_name"
+            )
+
+
+def _start_wandb(config: Config, resume: bool) -> Any:
+    """A Weights & Biases run, or None when `wandb` is off or cannot start."""
+    if not config.wandb:
+        return None
+    name = config.wandb_run_name or config.run_name
+    try:
+        import wandb
+
+        return wandb.init(
+            project=config.wandb_project, name=name, config=config.model_dump(),
+            id=name if resume else None, resume="allow" if resume else None,
+        )
+    except Exception as error:  # whatever W&B raises: its absence must not end a training
+        print(f"wandb is off: {str(error).splitlines()[0]}", flush=True)
+        return None
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
+    received: list[int] = []
+    previous: dict[int, Callable | int | None] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
+                previous[number] = signal.signal(number, lambda n, _: received.append(n))
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, resume: bool = False) -> Summary:
+    """Train one run to its end and test it.
+
+    Args:
+        config: the run; its folder is `config.run_dir`.
+        resume: go on from the folder's `last.pt`.
+    Raises:
+        ConfigError: the folder already holds a run, or the checkpoint is another configuration's.
+        DataError: the data are missing or damaged.
+        CheckpointError: a checkpoint cannot be read or written.
+        Interrupted: a signal arrived; a checkpoint was saved.
+    """
+    return Trainer(config, resume=resume).run()

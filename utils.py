@@ -1,0 +1,158 @@
+"""Positional encodings, random states, atomic files and the log of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal position embeddings of the given positions, without a table.
+
+    Args:
+        positions: (S,) integer positions, in tokens.
+        dim: even width of the embedding.
+    Returns:
+        (S, dim) of `dtype`: sines in the first half, cosines in the second.
+    Source: Vaswani et al. 2017, section 3.5.
+    """
+    exponents = torch.arange(dim // 2, device=positions.device, dtype=torch.float64)
+    frequencies = torch.exp(exponents * (-math.log(10_000) / (dim // 2)))
+    # float64: at position 10^6 a float32 angle is off by a tenth of a radian.
+    angles = positions[:, None].double() * frequencies  # (S, dim / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch for one training step, so that a resumed run draws what an unbroken one draws."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def capture_rng(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The random state that dropout on `device` draws from."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+@contextlib.contextmanager
+def restored_rng(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Run a block from a captured random state, and continue from the present one after it."""
+    present = capture_rng(device)
+    _set_rng(state, device)
+    try:
+        yield
+    finally:
+        _set_rng(present, device)
+
+
+def _set_rng(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that appears under its name whole, or not at all.
+
+    The bytes go to a sibling `<name>.part`, are flushed to the disk and renamed on success;
+    on any error the sibling is removed and what stood at `path` stays.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    with atomic_write(path, "w") as handle:
+        handle.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: allocated on a CUDA device, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows, where only CUDA's figure exists
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: python, torch, numpy, the device's name and our own commit."""
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda or "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class RunLog:
+    """`metrics.jsonl` of a run, mirrored to Weights & Biases when asked to."""
+
+    def __init__(self, folder: Path, *, keep_until: int, wandb_run: Any = None) -> None:
+        """Open the log, dropping the lines past `keep_until` of the run that is resumed."""
+        self._path = folder / "metrics.jsonl"
+        self._wandb = wandb_run
+        if self._path.exists():
+            kept = [row for row in read_metrics(folder) if row["step"] <= keep_until]
+            with atomic_write(self._path, "w") as handle:
+                handle.writelines(json.dumps(row) + "\n" for row in kept)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line; it is on its way to the disk when this returns."""
+        with open(self._path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
