@@ -1,0 +1,143 @@
+"""The configuration: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
+
+from lra_config import Config, ConfigError, dump_config, load_config, make_config
+from model import build_model
+from train import amrb_backward, build_optimizer
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_only_the_dataset_is_required(tmp_path):
+    config = load_config(write(tmp_path, "dataset: listops\n"))
+    assert (config.max_seq_len, config.num_segments, config.segment_len) == (2048, 8, 256)
+    assert config.run_name == "listops_astro_seed0"
+
+
+def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path):
+    path = write(tmp_path, "dataset: listops\nseed: 1\nlearning_rate: 1e-3\n")
+    config = load_config(path, ["seed=2", "seed=3", "astro_mem=false", "learning_rate=5e-4"])
+    assert (config.seed, config.astro_mem, config.learning_rate) == (3, False, 5e-4)
+
+
+def test_a_dumped_configuration_loads_back_equal(tmp_path):
+    config = tiny_config(learning_rate=3e-5, hebbian_scale=1e-7, run_name="1e3")
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("num_segment=4", ["unknown key num_segment", "did you mean num_segments?"]),
+    ("zzz=4", ["unknown key zzz"]),
+    ("dim=sixteen", ["dim='sixteen'", "integer"]),
+    ("dim=16.5", ["dim=16.5", "integer"]),
+    ("wandb=1", ["wandb=1", "boolean"]),
+    ("dropout=1.0", ["dropout=1.0", "less than 1"]),
+    ("num_segments=0", ["num_segments=0", "greater than or equal to 1"]),
+    ("learning_rate=-1", ["learning_rate=-1", "greater than 0"]),
+    ("learning_rate=.nan", ["learning_rate=nan", "finite"]),
+    ("attention_type=astra", ["attention_type='astra'", "'astro', 'softmax' or 'linear'"]),
+    ("dataset=listop", ["dataset='listop'", "'listops'"]),
+    ("num_segments=7", ["max_seq_len=40", "num_segments=7", "max_seq_len=42"]),
+    ("num_heads=3", ["num_heads=3", "dim=16"]),
+    ("dim=null", ["dim=None"]),
+    ("warmup_steps=13", ["warmup_steps=13", "max_steps=12"]),
+    ("run_name=../x", ["run_name='../x'"]),
+    ("seed", ["override 'seed'", "key=value"]),
+    ("seed=[1", ["override 'seed=[1'"]),
+])
+def test_every_mistake_is_one_line_that_names_the_key(tmp_path, override, words):
+    path = write(tmp_path, dump_config(make_config(TINY)))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_impossible_combinations_are_refused():
+    with pytest.raises(ConfigError, match="num_memory_tokens=0"):
+        tiny_config(pooling="memory", num_memory_tokens=0)
+    with pytest.raises(ConfigError, match="dim=15 is odd"):
+        tiny_config(dim=15, num_heads=3, position_embedding="sinusoidal")
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "No such file"),
+    (b"", "no `key: value` lines"),
+    (b"- 1\n- 2\n", "no `key: value` lines"),
+    (b"dataset: [listops\n", "line 2"),
+    (b"dataset: \xff\xfe\n", "not a UTF-8 text"),
+    (b"1: 2\ndataset: listops\n", "key 1"),
+    (b"seed: 1\n", "dataset is missing"),
+])
+def test_unreadable_files_are_named(tmp_path, content, words):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(path)) as caught:
+        load_config(path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["dim=17"],
+    ["device=cuda"],
+    ["nothing=1"],
+    ["batch_size=1000"],
+], ids=str)
+def test_the_command_line_answers_a_mistake_with_status_2_and_one_line(
+    tmp_path, listops_dir, arguments
+):
+    if arguments == ["device=cuda"] and torch.cuda.is_available():
+        arguments = ["device=tpu"]
+    path = write(tmp_path, dump_config(make_config({**TINY, "data_dir": str(listops_dir)})))
+    result = run_cli("--config", str(path), *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert arguments[0].split("=")[0] in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_missing_file_is_answered_with_status_2_and_one_line(tmp_path):
+    result = run_cli("--config", "absent.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1 and "absent.yaml" in result.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_configuration_builds_and_overfits_one_batch(path):
+    config = load_config(path, ["device=cpu", "dropout=0", "batch_size=4"])
+    torch.manual_seed(0)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config)
+    # Two segments of it: enough for the memory to matter, and quick.
+    lengths = [2 * config.segment_len, config.segment_len + 5, 30, 7]
+    batch = tiny_batch(config, [min(n, config.max_seq_len) for n in lengths])
+    width = max(lengths)
+    batch = batch._replace(tokens=batch.tokens[:, :width], mask=batch.mask[:, :width])
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        losses.append(float(amrb_backward(model, batch).loss))
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_defaults_are_those_of_the_main_configuration():
+    main = load_config(ROOT / "configs" / "config_v10.yaml")
+    assert set(main.model_dump()) == set(Config.model_fields)

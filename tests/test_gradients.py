@@ -1,0 +1,168 @@
+"""AMRB is BPTT: the same gradients, one segment's activations, one position term per step."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_config
+
+import train
+from model import AstromorphicAttention, build_model
+from train import amrb_backward, bptt_backward
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+LENGTHS = [48, 3, 30, 0]
+
+
+def gradients(config, dtype, backward, batch, seed=1):
+    torch.manual_seed(0)
+    model = build_model(config).to(dtype)
+    torch.manual_seed(seed)
+    result = backward(model, batch)
+    return {name: p.grad for name, p in model.named_parameters()}, result
+
+
+def worst_difference(config, dtype, batch) -> float:
+    """The largest ||a - b|| over the parameters, in units of max(||b||, 1e-3 * ||all b||)."""
+    expected, bptt = gradients(config, dtype, bptt_backward, batch)
+    actual, amrb = gradients(config, dtype, amrb_backward, batch)
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(amrb.logits, bptt.logits)
+    torch.testing.assert_close(amrb.loss, bptt.loss)
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    return max(
+        float((actual[n] - expected[n]).norm() / max(expected[n].norm(), 1e-3 * whole))
+        for n in expected
+    )
+
+
+CASES = [
+    pytest.param(attention, pooling, T, M, id=f"{attention}-{pooling}-T{T}-M{M}")
+    for attention, pooling, T, M in itertools.product(
+        ["astro", "softmax", "linear"], ["mean", "last", "memory"], [1, 2, 4, 16], [0, 1, 4]
+    )
+    if not (pooling == "memory" and M == 0)
+]
+
+
+@pytest.mark.parametrize(("attention", "pooling", "T", "M"), CASES)
+def test_amrb_gradients_equal_bptt(attention, pooling, T, M):
+    for dropout, padded in ((0.0, True), (0.3, True), (0.3, False)):
+        config = tiny_config(
+            max_seq_len=48, attention_type=attention, pooling=pooling, num_segments=T,
+            num_memory_tokens=M, dropout=dropout,
+        )
+        batch = tiny_batch(config, LENGTHS if padded else None)
+        assert worst_difference(config, torch.float64, batch) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("attention", ["astro", "softmax", "linear"])
+def test_amrb_gradients_equal_bptt_in_float32(attention, dropout):
+    config = tiny_config(max_seq_len=48, attention_type=attention, num_segments=8, dropout=dropout)
+    batch = tiny_batch(config, LENGTHS)
+    assert worst_difference(config, torch.float32, batch) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("switch", [
+    {"hebbian_astro": False}, {"hebbian_sigmoid": True}, {"presynaptic_normalize": False},
+    {"astro_mem": False}, {"position_embedding": "sinusoidal"}, {"position_embedding": "none"},
+], ids=str)
+def test_amrb_gradients_equal_bptt_under_every_switch(switch):
+    config = tiny_config(max_seq_len=48, dropout=0.1, **switch)
+    batch = tiny_batch(config, LENGTHS)
+    assert worst_difference(config, torch.float64, batch) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["precision key", "autocast around the call"])
+def test_amrb_reaches_every_weight_under_autocast(outer):
+    config = tiny_config(precision="auto" if outer else "bfloat16")
+    batch = tiny_batch(config, [40, 17, 9])
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16) if outer else contextlib.nullcontext()
+
+    results = []
+    for backward in (bptt_backward, amrb_backward):
+        with autocast():
+            results.append(gradients(config, torch.float32, backward, batch)[0])
+    for name, expected in results[0].items():
+        actual = results[1][name]
+        assert (actual - expected).norm() <= 0.05 * expected.norm() + 1e-4, name
+
+
+def test_without_the_stored_random_state_dropout_breaks_the_replay(monkeypatch):
+    config = tiny_config(dropout=0.3)
+    batch = tiny_batch(config)
+    assert worst_difference(config, torch.float64, batch) <= TOLERANCE[torch.float64]
+    monkeypatch.setattr(train, "restored_rng", lambda *_: contextlib.nullcontext())
+    assert worst_difference(config, torch.float64, batch) > 1e-3
+
+
+def test_both_leave_the_random_state_at_the_same_place():
+    config = tiny_config(dropout=0.3)
+    states = []
+    for backward in (bptt_backward, amrb_backward):
+        gradients(config, torch.float64, backward, tiny_batch(config))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])
+def test_gradients_are_added_to_what_was_there(backward):
+    config = tiny_config()
+    batch = tiny_batch(config)
+    torch.manual_seed(0)
+    model = build_model(config).double()
+    backward(model, batch)
+    once = [p.grad.clone() for p in model.parameters()]
+    backward(model, batch)
+    for p, g in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)
+
+
+class LiveBytes:
+    """The largest number of bytes that autograd held for the backward pass at one time."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def measure(self, model, backward, batch) -> int:
+        meter = self
+
+        class Saved:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                meter.now += tensor.numel() * tensor.element_size()
+                meter.peak = max(meter.peak, meter.now)
+
+            def __del__(self):
+                meter.now -= self.tensor.numel() * self.tensor.element_size()
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            backward(model, batch)
+        return self.peak
+
+
+def test_activations_are_those_of_one_segment_whatever_their_number():
+    def peak(backward, num_segments: int) -> int:
+        config = tiny_config(max_seq_len=64 * num_segments, num_segments=num_segments)
+        return LiveBytes().measure(build_model(config), backward, tiny_batch(config))
+
+    assert peak(amrb_backward, 32) < 1.2 * peak(amrb_backward, 2)
+    assert peak(bptt_backward, 32) > 12 * peak(bptt_backward, 2)
+
+
+@pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])
+def test_the_position_term_is_computed_once_per_step_and_layer(monkeypatch, backward):
+    calls = []
+    original = AstromorphicAttention.positions
+    monkeypatch.setattr(
+        AstromorphicAttention, "positions", lambda self: calls.append(1) or original(self)
+    )
+    config = tiny_config(num_layers=3, num_segments=8)
+    backward(build_model(config), tiny_batch(config))
+    assert len(calls) == 3

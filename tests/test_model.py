@@ -1,0 +1,316 @@
+"""The model's equations, padding rules and costs, as properties."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from astrocyte import retention_factors
+from lra_config import Config
+from model import (
+    ATTENTION,
+    Attention,
+    apply_position_kernel,
+    build_model,
+    feature_map,
+    inverse_calcium,
+    localised_basis,
+)
+
+FLOAT64_TOLERANCE = 1e-10
+ATTENTIONS = ["astro", "softmax", "linear"]
+POOLINGS = ["mean", "last", "memory"]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = FLOAT64_TOLERANCE):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def double_model(config: Config, seed: int = 0):
+    torch.manual_seed(seed)
+    return build_model(config).double()
+
+
+def dense_reference(attention: Attention, config: Config, x, mask, positions) -> torch.Tensor:
+    """Attention as an explicit N x N weighting of the values, one head and sample at a time."""
+    B, N, D = x.shape
+    d = D // config.num_heads
+    q, k, v = (x @ w.T for w in attention.to_qkv.weight.split(D))
+    keep = torch.ones(B, N, dtype=torch.bool) if mask is None else mask
+    out = torch.zeros_like(x)
+    for b, h in itertools.product(range(B), range(config.num_heads)):
+        span = slice(h * d, (h + 1) * d)
+        qh, kh, vh = q[b, :, span], k[b, :, span], v[b, :, span]
+        real = keep[b].double()
+        if config.attention_type == "softmax":
+            scores = (qh @ kh.T / math.sqrt(d)).masked_fill(~keep[b], -math.inf)
+            heads = scores.softmax(dim=1) @ vh
+        else:
+            phi_q, phi_k = feature_map(qh), feature_map(kh)
+            weights = phi_q @ phi_k.T * real  # (N, N)
+            if config.attention_type == "linear":
+                heads = weights @ vh / weights.sum(dim=1, keepdim=True)
+            else:
+                if config.hebbian_astro:
+                    weights = weights + phi_q @ positions[h].T * real
+                scale = config.hebbian_scale or d
+                if config.hebbian_sigmoid:
+                    keys = phi_k + positions[h] if config.hebbian_astro else phi_k
+                    numerator = phi_q @ ((keys * real[:, None]).T @ vh / scale).sigmoid()
+                else:
+                    numerator = weights @ vh / scale
+                g = (phi_k * real[:, None]).sum(dim=0) ** config.presynaptic_alpha
+                calcium = (phi_q * g).sum(dim=1, keepdim=True)
+                heads = numerator / calcium if config.presynaptic_normalize else numerator
+        out[b, :, span] = heads
+    return attention.to_out(out)
+
+
+VARIANTS = [
+    {"attention_type": "astro"},
+    {"attention_type": "astro", "hebbian_astro": False},
+    {"attention_type": "astro", "hebbian_sigmoid": True},
+    {"attention_type": "astro", "hebbian_sigmoid": True, "hebbian_astro": False},
+    {"attention_type": "astro", "hebbian_scale": 3.0},
+    {"attention_type": "astro", "presynaptic_alpha": 1.0},
+    {"attention_type": "astro", "presynaptic_normalize": False},
+    {"attention_type": "astro", "position_basis": "random", "decay_scale": 0.1},
+    {"attention_type": "softmax"},
+    {"attention_type": "linear"},
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(map(str, v.values())))
+def test_attention_equals_its_dense_form_in_outputs_and_gradients(variant, padded):
+    config = tiny_config(num_memory_tokens=2, **variant)
+    torch.manual_seed(0)
+    attention = ATTENTION[config.attention_type](config).double()
+    N = config.num_memory_tokens + config.segment_len
+    x = torch.randn(2, N, config.dim, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[0, 7:], mask[1, 10:] = False, False
+    mask = mask if padded else None
+    weights = torch.randn(2, N, config.dim, dtype=torch.float64)
+    if padded:
+        weights = weights * mask[..., None]  # rows at padding carry no meaning
+
+    results = []
+    for form in (attention, lambda *a: dense_reference(attention, config, *a)):
+        positions = attention.positions() if attention.has_positions else None
+        loss = (form(x, mask, positions) * weights).sum()
+        tensors = [x, *attention.parameters()]
+        results.append([loss, *torch.autograd.grad(loss, tensors)])
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300])
+@pytest.mark.parametrize("decay_scale", [0.0, 0.01, 1.0, 50.0])
+def test_position_kernel_equals_its_dense_form(size, decay_scale):
+    torch.manual_seed(0)
+    x = torch.randn(2, size, 3, dtype=torch.float64, requires_grad=True)
+    at = torch.arange(size, dtype=torch.float64)
+    kernel = torch.exp(-(at[:, None] - at).abs() * decay_scale)
+    actual, expected = apply_position_kernel(x, decay_scale), kernel @ x
+    close(actual, expected)
+    weights = torch.randn_like(x)
+    close(*(torch.autograd.grad(y, x, weights)[0] for y in (actual, expected)))
+
+
+def test_position_kernel_stays_finite_over_long_segments():
+    x = torch.randn(1, 100_000, 1)
+    assert apply_position_kernel(x, 1.0).isfinite().all()
+
+
+def test_localised_neurons_peak_at_their_own_places():
+    torch.manual_seed(0)
+    basis = localised_basis(8, num_memory_tokens=3, segment_len=64)
+    peaks = basis.argmax(dim=1)
+    assert basis.shape == (8, 67)
+    assert peaks[0] == 3 and peaks[-1] == 66
+    assert (peaks.diff() >= 0).all()
+    assert localised_basis(1, 0, 1).shape == (1, 1)
+
+
+@pytest.mark.parametrize("attention_type", ["astro", "linear"])
+def test_cost_is_linear_in_the_segment_length(attention_type):
+    def flops(segment_len: int) -> int:
+        config = tiny_config(
+            attention_type=attention_type, max_seq_len=segment_len, num_segments=1,
+            num_memory_tokens=0, dim=32,
+        )
+        model = build_model(config)
+        with FlopCounterMode(display=False) as counter:
+            model(tiny_batch(config).tokens).sum().backward()
+        return counter.get_total_flops()
+
+    counts = [flops(n) for n in (512, 1024, 2048, 4096)]
+    for half, whole in itertools.pairwise(counts):
+        assert 1.95 < whole / half < 2.01
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_padded_content_never_changes_the_logits(attention_type, pooling):
+    config = tiny_config(attention_type=attention_type, pooling=pooling)
+    model = double_model(config)
+    batch = tiny_batch(config, lengths=[40, 3, 17, 0])
+    other = torch.where(batch.mask, batch.tokens, 16 - batch.tokens)
+    assert not other.equal(batch.tokens)
+    close(model(other, batch.mask), model(batch.tokens, batch.mask), 0.0)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_trailing_padding_may_be_trimmed(attention_type, pooling):
+    config = tiny_config(attention_type=attention_type, pooling=pooling)
+    model = double_model(config)
+    batch = tiny_batch(config, lengths=[15, 3, 0])
+    expected = model(batch.tokens, batch.mask)
+    for length in (15, 20, 30):  # inside a segment, at its end, a whole segment of padding more
+        close(model(batch.tokens[:, :length], batch.mask[:, :length]), expected)
+
+
+def test_a_length_that_fills_no_whole_segment_needs_no_mask():
+    config = tiny_config()
+    model = double_model(config)
+    batch = tiny_batch(config, lengths=[13, 13])
+    close(model(batch.tokens[:, :13]), model(batch.tokens, batch.mask))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_a_sequence_without_a_real_token_pools_to_zero(attention_type, pooling):
+    config = tiny_config(attention_type=attention_type, pooling=pooling)
+    model = double_model(config)
+    batch = tiny_batch(config, lengths=[0, 40])
+    logits = model(batch.tokens, batch.mask)
+    close(logits[0], model.head.bias)
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_an_empty_segment_leaves_the_memory_as_it_was(attention_type):
+    config = tiny_config(attention_type=attention_type)
+    model = double_model(config)
+    tokens = tiny_batch(config).tokens[:2, :10]
+    memory = torch.randn(2, 1, config.dim, dtype=torch.float64)
+    mask = torch.tensor([[False] * 10, [True] * 10])
+    next_memory, readout = model.segment(tokens, memory, 1, mask)
+    close(next_memory[0], memory[0], 0.0)
+    assert not readout[0].any()
+    assert not torch.allclose(next_memory[1], memory[1])
+
+
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_samples_do_not_see_each_other(attention_type):
+    config = tiny_config(attention_type=attention_type)
+    model = double_model(config)
+    batch = tiny_batch(config, lengths=[40, 3, 17])
+    order = torch.tensor([2, 0, 1])
+    close(model(batch.tokens[order], batch.mask[order]), model(batch.tokens, batch.mask)[order])
+
+
+@pytest.mark.parametrize("memory_tokens", [0, 1, 4])
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_only_the_memory_joins_segments(attention_type, memory_tokens):
+    config = tiny_config(
+        attention_type=attention_type, num_memory_tokens=memory_tokens, pooling="last"
+    )
+    model = double_model(config)
+    tokens = tiny_batch(config).tokens
+    changed = tokens.clone()
+    changed[:, :10] = 16 - tokens[:, :10]  # the first of four segments
+    same = torch.equal(model(tokens), model(changed))
+    assert same == (memory_tokens == 0)
+
+
+def test_retention_factors_scale_the_memory_and_can_be_off():
+    on, off = (tiny_config(astro_mem=value) for value in (True, False))
+    with_factor, without = double_model(on), double_model(off)
+    tokens = tiny_batch(on).tokens[:, :10]
+    memory = without.initial_memory(3)
+    for index, factor in enumerate(retention_factors(on.num_segments)):
+        scaled, _ = with_factor.segment(tokens, memory, index)
+        plain, _ = without.segment(tokens, memory, index)
+        close(scaled, factor * plain)
+    assert without.retention_factors == [1.0] * 4
+
+
+def test_pooling_reads_what_it_says():
+    """Each read-out against the outputs of the segments, run one by one."""
+    lengths = [40, 13, 20]
+    for pooling in POOLINGS:
+        config = tiny_config(pooling=pooling, num_memory_tokens=2)
+        model = double_model(config)
+        batch = tiny_batch(config, lengths=lengths)
+        for row, length in enumerate(lengths):
+            memory, outputs = model.initial_memory(1), []
+            for index in range(-(-length // 10)):
+                tokens = batch.tokens[row : row + 1, index * 10 : min(index * 10 + 10, length)]
+                hidden = []
+                handle = model.layers[-1].register_forward_hook(
+                    lambda _m, _a, output, hidden=hidden: hidden.append(output)
+                )
+                memory, _ = model.segment(
+                    tokens, memory, index, torch.ones_like(tokens, dtype=torch.bool)
+                )
+                handle.remove()
+                outputs.append(hidden[0][0])
+            pooled = {
+                "mean": torch.cat([y[2:] for y in outputs]).mean(dim=0),
+                "last": outputs[-1][2:].mean(dim=0),
+                "memory": outputs[-1][:2].mean(dim=0),
+            }[pooling]
+            close(model(batch.tokens, batch.mask)[row], model.head(pooled))
+
+
+def test_calcium_of_zero_gives_a_zero_gain_and_a_zero_gradient():
+    q = torch.rand(1, 1, 3, 4, dtype=torch.float64).requires_grad_()
+    k = torch.zeros(1, 1, 5, 4, dtype=torch.float64, requires_grad=True)
+    gain = inverse_calcium(q, k, alpha=0.25)
+    gain.sum().backward()
+    assert not gain.any() and not q.grad.any() and not k.grad.any()
+
+
+def test_calcium_is_float32_under_autocast():
+    seen = []
+    config = tiny_config(precision="bfloat16")
+    model = build_model(config)
+    tokens = tiny_batch(config).tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        q = torch.rand(1, 2, 3, 4, dtype=torch.bfloat16)
+        seen.append(inverse_calcium(q, q, alpha=0.25).dtype)
+    assert seen == [torch.float32]
+    exact = build_model(tiny_config())
+    exact.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(tokens), exact(tokens), rtol=0.1, atol=0.05)
+    assert not model(tokens).equal(exact(tokens))
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "none"])
+def test_position_embedding_distinguishes_places_if_there_is_one(kind):
+    config = tiny_config(
+        position_embedding=kind, attention_type="linear", num_segments=1, pooling="mean"
+    )
+    model = double_model(config)
+    tokens = tiny_batch(config).tokens
+    swapped = torch.allclose(model(tokens), model(tokens.flip(1)))
+    assert swapped == (kind == "none")
+    assert hasattr(model, "position_table") == (kind == "learned")
+
+
+def test_sequences_that_do_not_fit_are_refused():
+    config = tiny_config()
+    model = build_model(config)
+    with pytest.raises(ValueError, match="max_seq_len=40"):
+        model(torch.ones(1, 41, dtype=torch.long))
+    with pytest.raises(ValueError, match="differ in shape"):
+        model(torch.ones(1, 40, dtype=torch.long), torch.ones(1, 39, dtype=torch.bool))

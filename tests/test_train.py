@@ -1,0 +1,253 @@
+"""Runs: schedule, optimizer, the run folder, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
+from safetensors.torch import load_file
+
+import checkpoint
+import train as train_module
+from lra_config import ConfigError, dump_config, make_config
+from model import build_model
+from train import amrb_backward, build_optimizer, evaluate, learning_rate_factor, train
+from utils import atomic_write, read_metrics
+
+TIMINGS = {"seconds", "tokens_per_second"}
+
+
+def test_the_schedule_at_its_corners():
+    for schedule, middle, end in [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)]:
+        config = tiny_config(max_steps=110, warmup_steps=10, lr_schedule=schedule)
+        assert learning_rate_factor(0, config) == pytest.approx(0.1)
+        assert learning_rate_factor(9, config) == learning_rate_factor(10, config) == 1
+        assert learning_rate_factor(60, config) == pytest.approx(middle)
+        assert learning_rate_factor(110, config) == pytest.approx(end)
+
+
+def test_an_earlier_end_keeps_the_schedule():
+    full, cut = tiny_config(), tiny_config(stop_after_steps=6)
+    assert cut.last_step == 6 and full.last_step == 12
+    assert learning_rate_factor(5, cut) == learning_rate_factor(5, full)
+
+
+def test_the_position_basis_learns_faster_and_takes_no_weight_decay():
+    config = tiny_config(position_lr_factor=7.0, weight_decay=0.5)
+    model = build_model(config)
+    groups = build_optimizer(model, config).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(found) == len(names)
+    assert found["layers.0.attention.position_basis"] == (7.0, 0.0)
+    assert found["layers.0.attention.to_qkv.weight"] == (1.0, 0.5)
+    for name in ("token_embedding.weight", "position_table", "memory", "head.bias",
+                 "layers.0.attention_norm.weight"):
+        assert found[name] == (1.0, 0.0), name
+
+
+def test_evaluation_is_a_mean_over_examples_without_dropout():
+    config = tiny_config(dropout=0.5)
+    model = build_model(config)
+    large, small = tiny_batch(config, [40, 3, 20]), tiny_batch(config, [9], seed=1)
+    both = evaluate(model, [large, small])
+    parts = [evaluate(model, [b]) for b in (large, small)]
+    assert both.examples == 4 and model.training
+    assert both.loss == pytest.approx((3 * parts[0].loss + parts[1].loss) / 4)
+    assert both.accuracy == pytest.approx((3 * parts[0].accuracy + parts[1].accuracy) / 4)
+
+
+def outcome(folder: Path) -> tuple[dict, list[dict]]:
+    """The weights and the metrics of a run, timings left out."""
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder)]
+    return checkpoint.load(folder / "last.pt")["model"], rows
+
+
+def assert_same_outcome(a: Path, b: Path) -> None:
+    (weights_a, rows_a), (weights_b, rows_b) = outcome(a), outcome(b)
+    assert rows_a == rows_b
+    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_b)
+    assert (a / "best.safetensors").read_bytes() == (b / "best.safetensors").read_bytes()
+
+
+def run_config(tmp_path: Path, listops_dir: Path, name: str, **changes):
+    return tiny_config(
+        data_dir=str(listops_dir), output_dir=str(tmp_path), run_name=name, dropout=0.1,
+        bucket_by_length=True, **changes,
+    )
+
+
+def test_a_run_leaves_its_folder_as_promised(tmp_path, listops_dir):
+    summary = train(run_config(tmp_path, listops_dir, "run"))
+    folder = tmp_path / "run"
+    written = json.loads((folder / "summary.json").read_text())
+    assert written["test_accuracy"] == summary.test_accuracy
+    assert written["data"] == "generated" and written["steps"] == 12
+    assert written["examples"] == {"train": 200, "val": 20, "test": 20}
+    assert {"best_val_accuracy", "seconds", "tokens_per_second", "peak_memory_mib", "parameters",
+            "seed", "versions"} <= set(written)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = read_metrics(folder)
+    assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in rows if "val_accuracy" in r] == [5, 10, 12]
+    best = max(r["val_accuracy"] for r in rows if "val_accuracy" in r)
+    assert written["best_val_accuracy"] == best
+    weights = load_file(folder / "best.safetensors")
+    stored = checkpoint.load(folder / "best.pt")["model"]
+    assert all(torch.equal(weights[name], stored[name]) for name in stored)
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_a_run_cut_and_resumed_equals_an_unbroken_one(tmp_path, listops_dir, stop, monkeypatch):
+    train(run_config(tmp_path, listops_dir, "whole"))
+    config = run_config(tmp_path, listops_dir, "cut")
+
+    original, calls = train_module.amrb_backward, []
+
+    def killed(model, batch):
+        if len(calls) == stop:
+            raise KeyboardInterrupt  # not caught by the loop: as a kill, it saves nothing
+        calls.append(1)
+        return original(model, batch)
+
+    monkeypatch.setattr(train_module, "amrb_backward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    if stop < config.checkpoint_interval:
+        with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
+            train(config, resume=True)
+        train(config)
+    else:
+        train(config, resume=True)
+    assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_stopped_early_goes_on_to_the_full_length(tmp_path, listops_dir):
+    train(run_config(tmp_path, listops_dir, "whole"))
+    train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10))
+    train(run_config(tmp_path, listops_dir, "cut"), resume=True)
+    assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path, listops_dir):
+    config = run_config(tmp_path, listops_dir, "run", stop_after_steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config)
+
+
+def test_resuming_another_configuration_is_refused(tmp_path, listops_dir):
+    train(run_config(tmp_path, listops_dir, "run", stop_after_steps=1))
+    with pytest.raises(ConfigError, match="learning_rate"):
+        train(run_config(tmp_path, listops_dir, "run", learning_rate=0.5), resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, listops_dir):
+    config = run_config(tmp_path, listops_dir, "run", stop_after_steps=1)
+    train(config)
+    path = tmp_path / "run" / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt"):
+        train(config, resume=True)
+
+
+def test_a_failed_write_keeps_the_previous_file(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"step": 1})
+
+    class Full:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(checkpoint.CheckpointError, match="previous checkpoint is kept"):
+        checkpoint.save(path, {"step": Full()})
+    assert checkpoint.load(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_an_atomic_write_shows_nothing_before_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path, "w") as handle:
+        handle.write("half")
+        assert not path.exists()
+    assert path.read_text() == "half"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, listops_dir, number, status):
+    config = run_config(
+        tmp_path, listops_dir, "run", max_steps=100_000, checkpoint_interval=100_000,
+        eval_interval=100_000,
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_train.py"), "--config", str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "checkpoint saved" in errors and "Traceback" not in errors
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["step"] > 0
+
+
+def test_the_command_line_trains_resumes_and_says_where_the_result_is(tmp_path, listops_dir):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config({**TINY, "data_dir": str(listops_dir)})))
+    arguments = ["--config", str(path), "run_name=a", "output_dir=out"]
+    first = run_cli(*arguments, "stop_after_steps=4", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    second = run_cli(*arguments, "--resume", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "test_acc" in second.stdout and "out/a/summary.json" in second.stdout
+    assert json.loads((tmp_path / "out/a/summary.json").read_text())["steps"] == 12
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_learning_works_with_and_without_replay(listops_dir, tmp_path, replay):
+    config = run_config(
+        tmp_path, listops_dir, "run", memory_replay_backprop=replay, max_steps=60,
+        learning_rate=1e-2, eval_interval=60,
+    )
+    train(config)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert losses[-1] < 0.9 * math.log(10)
+
+
+def test_both_ways_of_training_follow_each_other(tmp_path, listops_dir):
+    for name, replay in (("amrb", True), ("bptt", False)):
+        train(run_config(tmp_path, listops_dir, name, memory_replay_backprop=replay))
+    (amrb, _), (bptt, _) = outcome(tmp_path / "amrb"), outcome(tmp_path / "bptt")
+    for name, expected in bptt.items():
+        torch.testing.assert_close(amrb[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
+    """The loop adds nothing to the gradients but the clipping."""
+    config = run_config(tmp_path, listops_dir, "run", grad_clip=0.0)
+    trainer = train_module.Trainer(config, resume=False)
+    batch = next(train_module.training_batches(trainer.splits["train"], config, trainer.device))
+    twin = build_model(config)
+    twin.load_state_dict(trainer.model.state_dict())
+    trainer.train_step(batch)
+    train_module.seed_step(config.seed, 0)
+    amrb_backward(twin, batch)
+    for ours, expected in zip(trainer.model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, expected.grad)
