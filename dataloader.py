@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lra_config import PADDING_ID, Config
+from lra_config import PADDING_ID, Config, ConfigError
 from lra_datasets import PackedSplit
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
@@ -77,11 +77,11 @@ def training_batches(
     """Endless batches from step `start_step` on, epoch after epoch.
 
     Raises:
-        ValueError: the split holds fewer examples than one batch.
+        ConfigError: the split holds fewer examples than one batch.
     """
     per_epoch = len(split) // config.batch_size
     if not per_epoch:
-        raise ValueError(
+        raise ConfigError(
             f"batch_size={config.batch_size} exceeds the {len(split)} training examples; lower it"
         )
     epoch, position = divmod(start_step, per_epoch)

@@ -51,9 +51,9 @@ class ListOps:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.tokenizer = config.task.tokenizer()
-        data_dir = Path(config.data_dir)
+        release = Path(config.data_dir) / "lra_release"
         # The official archive unpacks one level deeper than its own instructions say.
-        folders = [data_dir / up / "listops-1000" for up in ("lra_release", "lra_release/lra_release")]
+        folders = [release / "listops-1000", release / "lra_release" / "listops-1000"]
         self.folder = next((f for f in folders if any(f.glob("basic_*.tsv"))), folders[0])
 
     def files(self, split: str) -> list[Path]:
@@ -89,7 +89,8 @@ class ListOps:
         """
         path = self.files(split)[0]
         limit, classes = self.config.max_seq_len, self.config.task.num_classes
-        with open(path, encoding="utf-8", newline="") as handle:
+        # Bytes that are no text become an unknown token of their row, not an error without a place.
+        with open(path, encoding="utf-8", errors="backslashreplace", newline="") as handle:
             rows = csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
             header = next(rows, None)
             if header != ["Source", "Target"]:

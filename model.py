@@ -8,7 +8,7 @@ Shape letters, with the paper's symbol where it differs:
     D  width of the model (d)      H  heads
     d  width of a head (m, d_v)    C  classes
 
-`P.` in a source line is the RMAAT paper (arXiv 2601.00426), `AT` its predecessor (arXiv 2312.10925).
+In source lines `RMAAT` is the paper (arXiv 2601.00426), `AT` its predecessor (arXiv 2312.10925).
 """
 
 from __future__ import annotations
@@ -69,24 +69,31 @@ def apply_position_kernel(x: Tensor, decay_scale: float) -> Tensor:
     return mixed.flatten(-3, -2)[..., :N, :]
 
 
-def localised_basis(num_neurons: int, num_memory_tokens: int, segment_len: int) -> Tensor:
+def localised_basis(
+    num_heads: int, head_dim: int, num_memory_tokens: int, segment_len: int
+) -> Tensor:
     """A start of B in which every hidden neuron reads one place of the segment.
 
-    Neuron j is a Gaussian bump over the rows, centred at a token position that grows
-    geometrically from the first to the last token; its width follows the gap to the next centre.
+    A neuron is a Gaussian bump over the rows. In even heads the centres grow geometrically from
+    the first token to the last; in odd heads the first neurons take one token each, until the
+    geometric centres are further apart than that. The width follows the gap to the next centre.
 
     Returns:
-        (d, N) with N = num_memory_tokens + segment_len.
+        (H, d, N) with N = num_memory_tokens + segment_len.
     Deviation: the paper does not publish how B starts. With a random start phi(R) is nearly
         uniform and ListOps stays at the share of its most frequent answer for a thousand steps.
     """
-    ratio = segment_len ** (1 / max(num_neurons - 1, 1))
-    centres = ratio ** torch.arange(num_neurons + 1, dtype=torch.float64) - 1  # 0 ... S - 1, beyond
-    width = (0.7 * centres.diff()).clamp_min(0.7)[:, None]  # (d, 1)
-    centres = centres[:-1, None]
+    index = torch.arange(head_dim + 1, dtype=torch.float64)  # one more: the last neuron has a gap
+    geometric = segment_len ** (index / max(head_dim - 1, 1)) - 1  # 0 ... S - 1, and beyond
     rows = torch.arange(-num_memory_tokens, segment_len, dtype=torch.float64)
-    bumps = 1.5 / width.sqrt() * torch.exp(-0.5 * ((rows - centres) / width) ** 2)
-    return (bumps + 0.02 * torch.randn(bumps.shape, dtype=torch.float64)).float()
+    heads = []
+    for head in range(num_heads):
+        centres = torch.maximum(geometric, index) if head % 2 else geometric
+        width = (0.7 * centres.diff()).clamp_min(0.7)[:, None]  # (d, 1)
+        bumps = torch.exp(-0.5 * ((rows - centres[:-1, None]) / width) ** 2)  # (d, N)
+        heads.append(1.5 / width.sqrt() * bumps)
+    basis = torch.stack(heads)
+    return (basis + 0.02 * torch.randn_like(basis)).float()
 
 
 class Attention(nn.Module):
@@ -127,7 +134,7 @@ class AstromorphicAttention(Attention):
     Each of its terms has a switch: `hebbian_astro`, `hebbian_sigmoid`, `hebbian_scale`,
     `presynaptic_alpha` and `presynaptic_normalize`. Linear in N.
 
-    Source: P. section 3 (short-term plasticity); AT, Eqs. 11-17.
+    Source: RMAAT, astromorphic attention (short-term plasticity); AT, Eqs. 11-17.
     """
 
     def __init__(self, config: Config) -> None:
@@ -139,14 +146,11 @@ class AstromorphicAttention(Attention):
         self.normalize = config.presynaptic_normalize
         self.decay_scale = config.decay_scale
         if self.has_positions:
-            shape = (self.num_heads, self.head_dim, config.num_memory_tokens + config.segment_len)
+            M, S = config.num_memory_tokens, config.segment_len
             if config.position_basis == "localised":
-                basis = torch.stack([
-                    localised_basis(self.head_dim, config.num_memory_tokens, config.segment_len)
-                    for _ in range(self.num_heads)
-                ])
+                basis = localised_basis(self.num_heads, self.head_dim, M, S)
             else:
-                basis = torch.randn(shape) / math.sqrt(shape[-1])
+                basis = torch.randn(self.num_heads, self.head_dim, M + S) / math.sqrt(M + S)
             self.position_basis = nn.Parameter(basis)  # B, (H, d, N)
 
     def positions(self) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from utils import (
     RunLog,
     atomic_write,
     capture_rng,
+    hardware,
     peak_memory_mib,
     restored_rng,
     seed_everything,
@@ -200,10 +202,11 @@ class Summary:
     peak_memory_mib: float
     parameters: int
     seed: int
-    device: str
+    hardware: str
     data: str  # downloaded or generated
     examples: dict[str, int]  # per split
-    versions: dict[str, str]
+    command: str
+    versions: dict[str, str]  # when the run was started or resumed
 
 
 @dataclass
@@ -232,6 +235,7 @@ class Trainer:
         self.device = resolve_device(config)
         self.folder = config.run_dir
         self.progress = Progress()
+        self.versions = versions()  # now: the working tree may change while the run goes on
         state = self._claim_folder(resume)
 
         self.reader = open_dataset(config)
@@ -381,10 +385,11 @@ class Trainer:
             peak_memory_mib=round(peak_memory_mib(self.device), 1),
             parameters=sum(p.numel() for p in self.model.parameters()),
             seed=config.seed,
-            device=str(self.device),
+            hardware=hardware(self.device),
             data=self.reader.origin(),
             examples={name: len(split) for name, split in self.splits.items()},
-            versions=versions(),
+            command=" ".join(sys.argv),
+            versions=self.versions,
         )
         save_weights(self.model, self.folder / "best.safetensors")
         plot_curves({config.run_name: self.folder}, self.folder / "curves.png")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -108,15 +109,25 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on: python, torch, numpy, the device's name and our own commit."""
+    """The software that a result depends on, our own commit included."""
     return {
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cuda": torch.version.cuda or "none",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "commit": _commit(),
     }
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the processor in use, and for a CPU the threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux knows the model's name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
 def _commit() -> str:

@@ -15,7 +15,7 @@ from conftest import ROOT, tiny_config
 
 import lra_datasets
 from dataloader import collate, epoch_batches, evaluation_batches, training_batches
-from lra_config import ListOpsTokenizer
+from lra_config import ConfigError, ListOpsTokenizer
 from lra_datasets import DataError, load_split, open_dataset
 
 CPU = torch.device("cpu")
@@ -112,6 +112,7 @@ def test_an_interrupted_packing_leaves_nothing_behind(data, monkeypatch):
     ("( [MAX 3 ) ] )\t10\n", "label '10'"),
     ("( [MAX 3 ) ] )\tx\n", "label 'x'"),
     ("( ) \t3\n", "empty"),
+    ("( [MAX \ufffd ) ] )\t3\n", "unknown token"),
     ("1 " * 41 + "\t3\n", "41 tokens"),
 ])
 def test_a_damaged_row_is_named_and_leaves_no_cache(data, row, words):
@@ -183,13 +184,19 @@ def test_batches_resume_at_any_step(data):
 def test_a_batch_is_trimmed_to_the_segments_that_are_not_padding(data):
     split = load(data)
     short = np.argsort(split.lengths)[:5]
-    batch = collate(split, short, segment_len=10, device=CPU)
+    batch = collate(split, short, segment_len=16, device=CPU)
     longest = int(split.lengths[short].max())
-    assert batch.tokens.shape == (5, -(-longest // 10) * 10)
+    assert batch.tokens.shape == (5, -(-longest // 16) * 16)
     assert torch.equal(batch.mask.sum(dim=1), torch.from_numpy(split.lengths[short]))
     assert torch.equal(batch.tokens != 0, batch.mask)
     # The last sequence of the file: nothing lies behind it.
-    assert int(collate(split, np.array([199]), 10, CPU).mask.sum()) == split.lengths[199]
+    assert int((collate(split, np.array([199]), 16, CPU).tokens != 0).sum()) == split.lengths[199]
+
+
+def test_a_batch_without_padding_has_no_mask(data):
+    split = load(data)
+    same = np.flatnonzero(split.lengths == split.lengths[0])
+    assert collate(split, same, segment_len=int(split.lengths[0]), device=CPU).mask is None
 
 
 def test_evaluation_sees_every_example_once(data):
@@ -200,5 +207,5 @@ def test_evaluation_sees_every_example_once(data):
 
 
 def test_a_batch_larger_than_the_split_is_refused(data):
-    with pytest.raises(ValueError, match="batch_size=201"):
+    with pytest.raises(ConfigError, match="batch_size=201"):
         next(training_batches(load(data), tiny_config(batch_size=201), CPU))
