@@ -6,6 +6,7 @@ a step is found from the step's number alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,12 +18,13 @@ from lra_config import PADDING_ID, Config, ConfigError
 from lra_datasets import PackedSplit
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
+TRIM_TOKENS = 64  # batches are padded to a multiple of this, as far as it divides the segment
 
 
 class Batch(NamedTuple):
-    """Sequences on the device, trimmed to the segments that hold a real token of any of them."""
+    """Sequences on the device, without the segments that are padding for all of them."""
 
-    tokens: Tensor  # (B, L) int64, L a multiple of the segment length
+    tokens: Tensor  # (B, L) int64; L may end inside a segment
     mask: Tensor | None  # (B, L) bool, True at real tokens; None if nothing is padded
     labels: Tensor  # (B,) int64
 
@@ -30,9 +32,10 @@ class Batch(NamedTuple):
 def collate(
     split: PackedSplit, rows: np.ndarray, segment_len: int, device: torch.device
 ) -> Batch:
-    """Gather the sequences `rows` (B,) of a packed split into one padded batch."""
+    """Gather the sequences `rows` (B,) of a packed split into one batch, padded to the longest."""
     lengths = split.lengths[rows]
-    L = max(-(-int(lengths.max()) // segment_len), 1) * segment_len
+    multiple = math.gcd(segment_len, TRIM_TOKENS)
+    L = max(-(-int(lengths.max()) // multiple), 1) * multiple
     columns = np.arange(L)
     mask = columns < lengths[:, None]  # (B, L)
     # Past the end of a sequence lies the next one, and past the last one nothing: clip, then blank.

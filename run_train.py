@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from typing import NoReturn
 
 from checkpoint import CheckpointError
 from lra_config import ConfigError, load_config
 from lra_datasets import DataError
 from train import Interrupted, train
+
+
+def _exit_on_sigterm(number: int, _frame: object) -> NoReturn:
+    # As an exception, so that half-written files are removed on the way out.
+    sys.exit(128 + number)
 
 
 def main() -> int:
@@ -17,6 +24,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the run's last.pt")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:
         config = load_config(arguments.config, arguments.overrides)
         summary = train(config, resume=arguments.resume)
@@ -26,6 +34,9 @@ def main() -> int:
     except OSError as error:
         print(f"run_train.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("run_train.py: interrupted", file=sys.stderr)
+        return 130
     except Interrupted as error:
         print(f"run_train.py: {error}; go on with --resume", file=sys.stderr)
         return error.exit_status

@@ -34,6 +34,7 @@ from utils import (
     restored_rng,
     seed_everything,
     seed_step,
+    start_wandb,
     versions,
     write_json,
 )
@@ -197,8 +198,8 @@ class Summary:
     best_val_accuracy: float
     best_step: int
     steps: int
-    seconds: float  # of training, evaluations included
-    tokens_per_second: float  # real tokens, evaluations not included
+    seconds: float  # of training, validation included
+    tokens_per_second: float  # real tokens, validation not included
     peak_memory_mib: float
     parameters: int
     seed: int
@@ -216,15 +217,12 @@ class Progress:
     step: int = 0
     best_val_accuracy: float = -1.0
     best_step: int = 0
-    seconds: float = 0.0  # of training, evaluations included
-    train_seconds: float = 0.0  # of the steps alone
-    tokens: int = 0  # real ones
+    seconds: float = 0.0  # since the start, evaluations included
+    train_seconds: float = 0.0  # of the steps alone, up to the last line of the log
+    tokens: int = 0  # real ones, up to the last line of the log
     # Since the last line of the log
-    loss_sum: float = 0.0
-    correct: int = 0
-    logged_examples: int = 0
-    logged_tokens: int = 0
-    logged_seconds: float = 0.0
+    unlogged_seconds: float = 0.0
+    unlogged_examples: int = 0
 
 
 class Trainer:
@@ -244,13 +242,22 @@ class Trainer:
         self.model = build_model(config).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
+        # Sums of loss, correct answers and real tokens since the last line of the log; on the
+        # device, so that a step does not wait for it.
+        self.running = torch.zeros(3, dtype=torch.float64, device=self.device)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
-        self.log = RunLog(
-            self.folder, keep_until=self.progress.step, wandb_run=_start_wandb(config, resume)
-        )
+            self.running = state["running"]
+        wandb_run = None
+        if config.wandb:
+            wandb_run = start_wandb(
+                self.folder, project=config.wandb_project,
+                name=config.wandb_run_name or config.run_name, config=config.model_dump(),
+            )
+        self.log = RunLog(self.folder, keep_until=self.progress.step, wandb_run=wandb_run)
+        self._lap_start = time.perf_counter()
 
     def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
         """Make the run's folder, or find the state to resume from in it."""
@@ -280,14 +287,11 @@ class Trainer:
             unit=" steps", disable=None, smoothing=0.05,
         )
         self.model.train()
+        self._lap()
         with bar, _caught_signals() as received:
             while progress.step < config.last_step:
-                started = time.perf_counter()
                 self.train_step(next(batches))
-                elapsed = time.perf_counter() - started
-                progress.train_seconds += elapsed
-                progress.logged_seconds += elapsed
-                progress.seconds += elapsed
+                progress.unlogged_seconds += self._lap()
                 bar.update()
 
                 step, done = progress.step, progress.step == config.last_step
@@ -315,19 +319,25 @@ class Trainer:
         self.optimizer.step()
 
         progress.step += 1
-        tokens = batch.tokens.numel() if batch.mask is None else int(batch.mask.sum())
-        progress.tokens += tokens
-        progress.logged_tokens += tokens
-        progress.logged_examples += len(batch.labels)
-        progress.loss_sum += float(result.loss) * len(batch.labels)
-        progress.correct += int((result.logits.argmax(dim=-1) == batch.labels).sum())
+        progress.unlogged_examples += len(batch.labels)
+        correct = (result.logits.argmax(dim=-1) == batch.labels).sum()
+        tokens = batch.tokens.numel() if batch.mask is None else batch.mask.sum()
+        self.running += torch.stack([
+            result.loss.double() * len(batch.labels), correct.double(),
+            torch.as_tensor(tokens, dtype=torch.float64, device=self.device),
+        ])
 
     def log_training(self) -> dict[str, str]:
         """Write the means since the last line; return what the bar shows."""
         progress = self.progress
-        loss = progress.loss_sum / progress.logged_examples
-        accuracy = progress.correct / progress.logged_examples
-        speed = progress.logged_tokens / progress.logged_seconds
+        loss, correct, tokens = self.running.tolist()  # waits for the device
+        progress.unlogged_seconds += self._lap()
+        loss /= progress.unlogged_examples
+        accuracy = correct / progress.unlogged_examples
+        speed = tokens / progress.unlogged_seconds
+        progress.seconds += progress.unlogged_seconds
+        progress.train_seconds += progress.unlogged_seconds
+        progress.tokens += int(tokens)
         self.log.write(
             progress.step,
             loss=loss,
@@ -337,14 +347,13 @@ class Trainer:
             tokens_per_second=round(speed),
             seconds=round(progress.seconds, 3),
         )
-        progress.loss_sum, progress.correct = 0.0, 0
-        progress.logged_examples, progress.logged_tokens, progress.logged_seconds = 0, 0, 0.0
+        self.running.zero_()
+        progress.unlogged_seconds, progress.unlogged_examples = 0.0, 0
         return {"loss": f"{loss:.3f}", "acc": f"{accuracy:.3f}", "tok/s": f"{speed:,.0f}"}
 
     def validate(self) -> None:
         """Evaluate on the validation split and keep the weights if they are the best so far."""
         progress = self.progress
-        started = time.perf_counter()
         metrics = self._evaluate("val")
         if metrics.accuracy > progress.best_val_accuracy:
             progress.best_val_accuracy, progress.best_step = metrics.accuracy, progress.step
@@ -353,7 +362,7 @@ class Trainer:
                 {"model": self.model.state_dict(), "config": self.config.model_dump(),
                  "step": progress.step, "val_accuracy": metrics.accuracy},
             )
-        progress.seconds += time.perf_counter() - started
+        progress.seconds += self._lap()
         self.log.write(progress.step, val_loss=metrics.loss, val_accuracy=metrics.accuracy)
         tqdm.write(
             f"step {progress.step}: val_loss {metrics.loss:.4f}  val_acc {metrics.accuracy:.4f}"
@@ -364,7 +373,8 @@ class Trainer:
         checkpoint.save(
             self.folder / "last.pt",
             {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-             "progress": dataclasses.asdict(self.progress), "config": self.config.model_dump()},
+             "progress": dataclasses.asdict(self.progress), "running": self.running,
+             "config": self.config.model_dump()},
         )
 
     def finish(self) -> Summary:
@@ -396,6 +406,12 @@ class Trainer:
         write_json(self.folder / "summary.json", dataclasses.asdict(summary))
         return summary
 
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        elapsed, self._lap_start = now - self._lap_start, now
+        return elapsed
+
     def _evaluate(self, split: str) -> Metrics:
         batches = evaluation_batches(self.splits[split], self.config, self.device)
         return evaluate(self.model, batches)
@@ -422,23 +438,6 @@ def _check_resumable(config: Config, saved: dict[str, Any], path: Path) -> None:
                 f"{key}={value!r} but {path} was saved with {key}={saved.get(key)!r}; "
                 "resume with the same value, or set another run_name"
             )
-
-
-def _start_wandb(config: Config, resume: bool) -> Any:
-    """A Weights & Biases run, or None when `wandb` is off or cannot start."""
-    if not config.wandb:
-        return None
-    name = config.wandb_run_name or config.run_name
-    try:
-        import wandb
-
-        return wandb.init(
-            project=config.wandb_project, name=name, config=config.model_dump(),
-            id=name if resume else None, resume="allow" if resume else None,
-        )
-    except Exception as error:  # whatever W&B raises: its absence must not end a training
-        print(f"wandb is off: {str(error).splitlines()[0]}", flush=True)
-        return None
 
 
 @contextlib.contextmanager

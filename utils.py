@@ -160,6 +160,35 @@ class RunLog:
             self._wandb.log(values, step=step)
 
 
+def start_wandb(folder: Path, *, project: str, name: str, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run, the same one again when the run in `folder` is resumed.
+
+    Args:
+        folder: of the run; it keeps the id.
+        project, name: as W&B shows them.
+        config: all keys and values.
+    Returns:
+        The run, or None when it cannot start: W&B's absence must not end a training.
+    """
+    id_file = folder / "wandb_id"
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=project,
+            name=name,
+            config=config,
+            dir=folder,
+            id=id_file.read_text() if id_file.exists() else None,
+            resume="allow",
+        )
+        id_file.write_text(run.id)
+        return run
+    except Exception as error:
+        print(f"wandb is off: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
+        return None
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
     rows = []

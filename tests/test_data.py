@@ -181,7 +181,7 @@ def test_batches_resume_at_any_step(data):
         assert torch.equal(resumed.labels, seen[start].labels)
 
 
-def test_a_batch_is_trimmed_to_the_segments_that_are_not_padding(data):
+def test_a_batch_is_trimmed_to_its_longest_sequence(data):
     split = load(data)
     short = np.argsort(split.lengths)[:5]
     batch = collate(split, short, segment_len=16, device=CPU)

@@ -1,0 +1,569 @@
+"""get_lra_data.sh against a server on this machine that cuts, refuses and corrupts."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "get_lra_data.sh"
+# What the script calls; on another system some of them go by another name.
+COMMANDS = (
+    "awk bash cat cut dirname du env find grep gzip head kill ln ls md5 md5sum mkdir mv od readlink "
+    "rm sed sha256sum shasum sleep tail tar tr wc"
+).split()
+
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+PNG = b"\x89PNG\r\n\x1a\n"
+# The official layouts in miniature.
+SIZES = {
+    "CIFAR10_BATCH_BYTES": "3000", "IMDB_FILES": "3", "LISTOPS_ROWS": "4 2 2",
+    "PATHFINDER32_IMAGES": "4", "AAN_ROWS": "3 2 2",
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+both_tools = pytest.mark.parametrize(
+    "tool",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not shutil.which(name), reason=f"no {name}"))
+        for name in ("curl", "wget")
+    ],
+)
+
+
+def cifar10_files() -> dict[str, bytes]:
+    # Random bytes, so that the archive is as long as its files and a cut lands inside it.
+    noise = random.Random(0)
+    return {f"cifar-10-batches-py/{name}": b"\x80\x02" + noise.randbytes(3000) for name in BATCHES}
+
+
+def imdb_files() -> dict[str, bytes]:
+    return {
+        f"aclImdb/{split}/{label}/{i}_7.txt": b"A film.<br />Seen twice."
+        for split in ("train", "test") for label in ("pos", "neg") for i in range(3)
+    }
+
+
+def lra_files() -> dict[str, bytes]:
+    files = {}
+    for split, rows in (("train", 4), ("val", 2), ("test", 2)):
+        files[f"listops-1000/basic_{split}.tsv"] = b"Source\tTarget\n" + b"( 1 )\t1\n" * rows
+    hard = "pathfinder32/curv_contour_length_14"
+    for batch in range(2):
+        rows = [f"imgs/{batch} sample_{i}.png {i} 1 2 3" for i in range(2)]
+        files[f"{hard}/metadata/{batch}.npy"] = "\n".join(rows).encode()  # no newline at the end
+        files[f"{hard}/imgs/{batch}/sample_0.png"] = PNG
+        files[f"{hard}/imgs/{batch}/sample_1.png"] = b""  # the release has such files
+    for split, rows in (("train", 3), ("eval", 2), ("test", 2)):
+        row = b'1.0\tP1\tP2\tA "text\tanother'
+        files[f"tsv_data/new_aan_pairs.{split}.tsv"] = b"\n".join([row] * rows)
+    return {f"lra_release/lra_release/{name}": content for name, content in files.items()}
+
+
+def tar_gz(files: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*") if path.is_file()
+    }
+
+
+CIFAR10, IMDB, LRA = tar_gz(cifar10_files()), tar_gz(imdb_files()), tar_gz(lra_files())
+
+
+@dataclass
+class Server:
+    """Serves `archives`; each request meets the next of `faults`, then none."""
+
+    address: str = ""
+    archives: dict[str, bytes] = field(default_factory=dict)
+    faults: list[tuple] = field(default_factory=list)  # (cut, bytes) (status, code) (corrupt,)
+    ranges: bool = True
+    asked: list[tuple[str, str | None]] = field(default_factory=list)  # (path, Range header)
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        wanted = request.headers.get("Range")
+        self.asked.append((request.path, wanted))
+        fault, *details = self.faults.pop(0) if self.faults else ("none",)
+        if fault == "status":
+            request.send_error(details[0])
+            return
+        body = self.archives[request.path]
+        if fault == "corrupt":
+            body = body[:-20] + bytes(20)
+        start = 0
+        if wanted and self.ranges:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                request.send_error(416)
+                return
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            request.send_response(200)
+        request.send_header("Content-Length", str(len(body) - start))
+        request.end_headers()
+        end = start + details[0] if fault == "cut" else None
+        request.wfile.write(body[start:end])
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server(archives={"/cifar10": CIFAR10, "/imdb": IMDB, "/lra": LRA})
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        state.address = f"http://127.0.0.1:{listener.server_port}"
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        thread.start()
+        yield state
+        listener.shutdown()
+        thread.join()
+
+
+@dataclass
+class Shell:
+    """Runs the script in a folder of its own, with nothing on PATH but what it may use."""
+
+    home: Path
+    environment: dict[str, str]
+
+    @property
+    def data(self) -> Path:
+        return self.home / "datasets"
+
+    def offer(self, *names: str) -> None:
+        for name in names:
+            if found := shutil.which(name):
+                (self.home / "bin" / name).symlink_to(found)
+
+    def stub(self, name: str, script: str) -> Path:
+        """Put an own program called `name` on PATH, in the place of the real one."""
+        path = self.home / "bin" / name
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(SCRIPT), *arguments], cwd=self.home, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
+        process = self.start(*arguments)
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+    def leftovers(self) -> list[str]:
+        """What lies in the data folder beside the data sets themselves."""
+        names = {path.name for path in self.data.iterdir()}
+        return sorted(names - {"cifar-10-batches-py", "aclImdb", "lra_release"})
+
+
+@pytest.fixture
+def shell(tmp_path: Path, server: Server) -> Shell:
+    (tmp_path / "bin").mkdir()
+    shell = Shell(tmp_path, {
+        "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path), "GET_PAUSE": "0", "GET_TRIES": "3",
+        "CIFAR10_URL": f"{server.address}/cifar10",
+        "CIFAR10_CHECKSUM": hashlib.md5(CIFAR10).hexdigest(),
+        "IMDB_URL": f"{server.address}/imdb",
+        "IMDB_CHECKSUM": hashlib.sha256(IMDB).hexdigest(),
+        "LRA_URL": f"{server.address}/lra",
+        **SIZES,
+    })
+    shell.offer(*COMMANDS)
+    # As many arguments as the contract of generate_lra.py has: SCRIPT TASK --out DIR --seed SEED.
+    shell.stub("python", 'echo "$@" >> "$HOME/generated"')
+    return shell
+
+
+def row(output: str, name: str) -> list[str]:
+    """The columns present, complete, usable, source of a data set in the table."""
+    return next(line.split()[1:5] for line in output.splitlines() if line.startswith(name + " "))
+
+
+def assert_downloaded(shell: Shell, result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, result.stderr
+    assert row(result.stdout, "cifar10") == ["yes", "yes", "yes", "downloaded"]
+    assert read_files(shell.data) == cifar10_files()  # and so no temporary is left
+
+
+@both_tools
+def test_fresh_download(tool: str, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    result = shell("cifar10", "imdb", "--dir", "elsewhere")
+    assert result.returncode == 0, result.stderr
+    assert read_files(shell.home / "elsewhere") == cifar10_files() | imdb_files()
+    assert result.stderr == ""
+
+
+@both_tools
+def test_second_run_makes_no_request(tool: str, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    shell("cifar10")
+    server.asked.clear()
+    result = shell("cifar10")
+    assert_downloaded(shell, result)
+    assert "left alone" in result.stdout and server.asked == []
+
+
+@both_tools
+def test_cut_download_is_resumed(tool: str, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    server.faults = [("cut", 5000), ("status", 500), ("cut", 2000)]
+    result = shell("cifar10")
+    assert result.returncode == 1 and "run again to resume" in result.stderr
+    assert os.listdir(shell.data) == ["cifar-10-python.tar.gz.part"]
+    assert_downloaded(shell, shell("cifar10"))
+    assert [wanted for _, wanted in server.asked] == [
+        None, "bytes=5000-", "bytes=5000-", "bytes=7000-"
+    ]
+
+
+@both_tools
+def test_server_without_ranges_sends_it_anew(tool: str, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    server.ranges = False
+    server.faults = [("cut", 5000)]
+    assert_downloaded(shell, shell("cifar10"))
+    assert server.asked[1][1] == "bytes=5000-"
+
+
+@both_tools
+def test_finished_part_is_not_fetched_again(tool: str, shell: Shell, server: Server) -> None:
+    """Killed between the download and the unpacking."""
+    shell.offer(tool)
+    write_files(shell.data, {"cifar-10-python.tar.gz.part": CIFAR10})
+    assert_downloaded(shell, shell("cifar10"))
+    assert [wanted for _, wanted in server.asked] == [f"bytes={len(CIFAR10)}-"]
+
+
+@both_tools
+@pytest.mark.parametrize("part", [b"x" * 100, b"x" * 10**6], ids=["shorter", "longer"])
+def test_foreign_part_is_replaced(tool: str, part: bytes, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    write_files(shell.data, {"cifar-10-python.tar.gz.part": part})
+    assert_downloaded(shell, shell("cifar10"))
+
+
+@both_tools
+@pytest.mark.parametrize("checksum", [True, False], ids=["checksum", "gzip only"])
+def test_corrupt_once_is_fetched_again(
+    tool: str, checksum: bool, shell: Shell, server: Server
+) -> None:
+    shell.offer(tool)
+    if not checksum:
+        shell.environment["CIFAR10_CHECKSUM"] = ""
+    server.faults = [("corrupt",)]
+    assert_downloaded(shell, shell("cifar10"))
+    assert len(server.asked) == 2
+
+
+@both_tools
+def test_corrupt_always_is_an_error(tool: str, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    server.faults = [("corrupt",)] * 9
+    result = shell("cifar10")
+    assert result.returncode == 1 and len(server.asked) == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert f"{server.address}/cifar10 sent a damaged file" in result.stderr
+    assert "CIFAR10_URL" in result.stderr
+    assert os.listdir(shell.data) == []
+
+
+@both_tools
+@pytest.mark.parametrize(
+    ("code", "tries", "meaning"),
+    [(403, 1, "answered 403 (refused)"), (404, 1, "answered 404 (not there)"),
+     (503, 3, "answered 503")],
+)
+def test_refusal_says_what_to_do(
+    tool: str, code: int, tries: int, meaning: str, shell: Shell, server: Server
+) -> None:
+    shell.offer(tool)
+    server.faults = [("status", code)] * 9
+    result = shell("imdb")
+    assert result.returncode == 1 and len(server.asked) == tries
+    assert len(result.stderr.splitlines()) == 1
+    assert f"{server.address}/imdb {meaning}" in result.stderr
+    assert "put the file at datasets/aclImdb_v1.tar.gz or name a mirror in IMDB_URL" in result.stderr
+    assert os.listdir(shell.data) == []
+
+
+@both_tools
+def test_no_server(tool: str, shell: Shell) -> None:
+    shell.offer(tool)
+    shell.environment["IMDB_URL"] = "http://127.0.0.1:1/imdb"
+    result = shell("imdb")
+    assert result.returncode == 1 and "gave no answer" in result.stderr
+
+
+def test_neither_tool(shell: Shell) -> None:
+    result = shell("imdb")
+    assert result.returncode == 1
+    assert result.stderr == "get_lra_data.sh: needs curl or wget to download; install one of them\n"
+
+
+def test_archive_put_by_hand(shell: Shell, server: Server) -> None:
+    write_files(shell.data, {"cifar-10-python.tar.gz": CIFAR10[:-1]})
+    damaged = shell("cifar10")
+    assert damaged.returncode == 1 and "is damaged" in damaged.stderr
+    write_files(shell.data, {"cifar-10-python.tar.gz": CIFAR10})
+    assert shell("cifar10").returncode == 0
+    # It is not ours to remove.
+    assert shell.leftovers() == ["cifar-10-python.tar.gz"] and server.asked == []
+
+
+def test_incomplete_folder_of_the_user_is_kept(shell: Shell, server: Server) -> None:
+    files = dict(list(imdb_files().items())[:5])
+    write_files(shell.data, files)
+    result = shell("imdb")
+    assert result.returncode == 1 and "move it away and run again" in result.stderr
+    assert read_files(shell.data) == files and server.asked == []
+
+
+def any_tool() -> str:
+    return "curl" if shutil.which("curl") else "wget"
+
+
+@pytest.fixture
+def slow_unpacking(shell: Shell) -> Callable[[], subprocess.Popen]:
+    """Start a download whose tar has written every file and does not come to its end."""
+    shell.offer(any_tool())
+    shell.stub("tar", f'{shutil.which("tar")} "$@"; echo > "$HOME/unpacked"; exec sleep 60')
+
+    def start() -> subprocess.Popen:
+        process = shell.start("cifar10")
+        deadline = time.monotonic() + 20
+        while not (shell.home / "unpacked").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_unpacking_leaves_nothing(
+    number: int, status: int, shell: Shell, slow_unpacking: Callable[[], subprocess.Popen]
+) -> None:
+    process = slow_unpacking()
+    process.send_signal(number)
+    process.communicate(timeout=10)  # well before the 60 s of tar: it was ended too
+    assert process.returncode == status
+    assert os.listdir(shell.data) == ["cifar-10-python.tar.gz.part"]
+
+
+def test_killed_unpacking_is_repaired(
+    shell: Shell, slow_unpacking: Callable[[], subprocess.Popen]
+) -> None:
+    process = slow_unpacking()
+    rival = shell("cifar10")
+    assert rival.returncode == 1 and f"process {process.pid} is already at work" in rival.stderr
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=10)
+    assert not (shell.data / "cifar-10-batches-py").exists()
+    (shell.home / "bin" / "tar").unlink()
+    shell.offer("tar")
+    assert_downloaded(shell, shell("cifar10"))
+
+
+def test_failed_unpacking_leaves_nothing(shell: Shell) -> None:
+    shell.offer(any_tool())
+    shell.stub("tar", f'{shutil.which("tar")} "$@"; exit 2')
+    result = shell("cifar10")
+    assert result.returncode == 1 and "cannot unpack" in result.stderr
+    assert os.listdir(shell.data) == ["cifar-10-python.tar.gz.part"]
+
+
+def test_archive_without_a_part_is_refused(shell: Shell, server: Server) -> None:
+    shell.offer(any_tool())
+    files = cifar10_files()
+    del files["cifar-10-batches-py/data_batch_3"]
+    server.archives["/cifar10"] = tar_gz(files)
+    shell.environment["CIFAR10_CHECKSUM"] = ""
+    result = shell("cifar10")
+    assert result.returncode == 1 and "5 of 6 batch files" in result.stderr
+    assert not (shell.data / "cifar-10-batches-py").exists()
+
+
+@both_tools
+def test_refused_release_is_generated_instead(tool: str, shell: Shell, server: Server) -> None:
+    shell.offer(tool)
+    server.faults = [("status", 403)]
+    result = shell("lra_release")
+    assert result.returncode == 1  # the stub generates nothing, and AAN cannot be generated
+    assert f"{server.address}/lra answered 403 (refused)" in result.stderr
+    assert "https://github.com/lucaslingle/e-lra" in result.stderr
+    assert "datasets/lra_release/lra_release" in result.stderr
+    assert (shell.home / "generated").read_text().splitlines() == [
+        f"{SCRIPT.parent}/generate_lra.py {task} --out datasets --seed 0"
+        for task in ("listops", "pathfinder32")
+    ]
+
+
+def test_cut_release_is_resumed_not_generated(shell: Shell, server: Server) -> None:
+    shell.offer(any_tool())
+    server.faults = [("cut", 100)] * 3
+    result = shell("lra_release")
+    assert result.returncode == 1 and "run again to resume" in result.stderr
+    assert not (shell.home / "generated").exists()
+    result = shell("lra_release", "listops")
+    assert result.returncode == 0, result.stderr
+    assert read_files(shell.data) == lra_files()
+
+
+def test_release_beside_generated_files(shell: Shell, server: Server) -> None:
+    """Its folder exists already; nothing in it is touched or mixed with the download."""
+    shell.offer(any_tool())
+    own = {"lra_release/listops-1000/basic_train.tsv": b"Source\tTarget\n"}
+    write_files(shell.data, own)
+    result = shell("lra_release")
+    assert "is read before" in result.stdout
+    assert read_files(shell.data) == own | lra_files()
+
+
+def test_generated_once(shell: Shell) -> None:
+    record = '{\\n "counts": {\\n "train": 1,\\n "val": 1,\\n "test": 1\\n}}'
+    shell.stub("python", f"""
+        echo "$@" >> "$HOME/generated"; folder=$4/lra_release/listops-1000; mkdir -p $folder
+        for split in train val test; do
+            printf 'Source\\tTarget\\n( 1 )\\t1\\n' > $folder/basic_$split.tsv
+        done
+        printf '{record}' > $folder/GENERATED.json""")
+    for _ in range(2):
+        result = shell("listops")
+        assert result.returncode == 0, result.stderr
+        assert row(result.stdout, "listops") == ["yes", "yes", "yes", "generated"]
+    assert len((shell.home / "generated").read_text().splitlines()) == 1
+
+
+def test_failing_generator(shell: Shell) -> None:
+    shell.stub("python", "echo no numpy >&2; exit 1")
+    result = shell("pathfinder32")
+    assert result.returncode == 1 and "generate_lra.py failed" in result.stderr
+
+
+def test_aan_says_where_to_obtain_it(shell: Shell) -> None:
+    result = shell("aan")
+    assert result.returncode == 1
+    assert "may not be redistributed" in result.stderr
+    assert "datasets/lra_release/tsv_data/new_aan_pairs.{train,eval,test}.tsv" in result.stderr
+    write_files(shell.data, {
+        name: content for name, content in lra_files().items() if "tsv_data" in name
+    })
+    assert shell("aan").returncode == 0
+
+
+def test_check_of_everything(shell: Shell, server: Server) -> None:
+    result = shell("--check")
+    assert result.returncode == 1 and not shell.data.exists()
+    names = ["cifar10", "imdb", "listops", "pathfinder32", "aan"]
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == names
+    assert all(row(result.stdout, name) == ["no", "no", "no", "-"] for name in names)
+
+    outer = {name.replace("lra_release/", "", 1): data for name, data in lra_files().items()}
+    for release in (lra_files(), outer):  # both depths
+        shutil.rmtree(shell.data, ignore_errors=True)
+        write_files(shell.data, cifar10_files() | imdb_files() | release)
+        result = shell("--check", "all")
+        assert result.returncode == 0, result.stdout
+        assert all(row(result.stdout, name) == ["yes", "yes", "yes", "downloaded"] for name in names)
+    found = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert "6 of 6 batch files" in found["cifar10"]
+    assert "3 + 3 + 3 + 3 reviews (0 empty)" in found["imdb"]
+    assert "4 + 2 + 2 rows" in found["listops"]
+    assert "4 images (2 empty), 4 rows of metadata" in found["pathfinder32"]
+    assert "3 + 2 + 2 rows" in found["aan"]
+    assert server.asked == []
+
+
+HARD = "lra_release/lra_release/pathfinder32/curv_contour_length_14"
+LISTOPS = "lra_release/lra_release/listops-1000"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "complete"),
+    [
+        ("cifar10", {"cifar-10-batches-py/test_batch": b"\x80"}, "no"),
+        ("cifar10", {"cifar-10-batches-py/test_batch": b"<html>" * 600}, "yes"),
+        ("imdb", {"aclImdb/test/neg/0_7.txt": None}, "no"),
+        ("imdb", {"aclImdb/test/neg/0_7.txt": b""}, "yes"),
+        ("listops", {f"{LISTOPS}/basic_val.tsv": None}, "no"),
+        ("listops", {f"{LISTOPS}/basic_val.tsv": b"Source\tTarget\n( 1 )\t1\n"}, "no"),
+        ("listops", {f"{LISTOPS}/basic_val.tsv": b"( 1 )\t1\n" * 3}, "yes"),
+        ("listops", {f"{LISTOPS}/GENERATED.json": b"{}"}, "no"),
+        ("pathfinder32", {f"{HARD}/imgs/0/sample_0.png": None}, "no"),
+        ("pathfinder32", {f"{HARD}/metadata/1.npy": None}, "no"),
+        ("pathfinder32", {f"{HARD}/imgs/{i}/sample_0.png": b"GIF89" for i in range(2)}, "yes"),
+        ("aan", {"lra_release/lra_release/tsv_data/new_aan_pairs.eval.tsv": b""}, "no"),
+        ("aan", {"lra_release/lra_release/tsv_data/new_aan_pairs.eval.tsv": b"1.0\tP\n" * 2}, "yes"),
+    ],
+)
+def test_check_finds_damage(
+    name: str, changes: dict[str, bytes | None], complete: str, shell: Shell
+) -> None:
+    files = cifar10_files() | imdb_files() | lra_files() | changes
+    write_files(shell.data, {path: data for path, data in files.items() if data is not None})
+    result = shell("--check", name)
+    assert result.returncode == 1
+    assert row(result.stdout, name)[:3] == ["yes", complete, "no"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("cifar",), ("--nonsense",), ("imdb", "--dir"), ("--dir", "--check")]
+)
+def test_wrong_usage(arguments: tuple[str, ...], shell: Shell) -> None:
+    result = shell(*arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert not shell.data.exists()
+
+
+def test_wrong_checksum_length(shell: Shell) -> None:
+    shell.offer(any_tool())
+    shell.environment["IMDB_CHECKSUM"] = "abc"
+    result = shell("imdb")
+    assert result.returncode == 2 and "neither an md5" in result.stderr
+
+
+def test_help(shell: Shell) -> None:
+    result = shell("--help")
+    assert result.returncode == 0 and result.stdout.startswith("usage: get_lra_data.sh")
