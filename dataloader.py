@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lra_config import PADDING_ID, Config, ConfigError
-from lra_datasets import PackedSplit
+from packing import PackedSplit
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
 TRIM_TOKENS = 64  # batches are padded to a multiple of this, as far as it divides the segment
@@ -30,26 +30,38 @@ class Batch(NamedTuple):
 
 
 def collate(
-    split: PackedSplit, rows: np.ndarray, segment_len: int, device: torch.device
+    split: PackedSplit, rows: np.ndarray, config: Config, device: torch.device
 ) -> Batch:
-    """Gather the sequences `rows` (B,) of a packed split into one batch, padded to the longest."""
-    lengths = split.lengths[rows]
-    multiple = math.gcd(segment_len, TRIM_TOKENS)
-    L = max(-(-int(lengths.max()) // multiple), 1) * multiple
-    columns = np.arange(L)
-    mask = columns < lengths[:, None]  # (B, L)
-    # Past the end of a sequence lies the next one, and past the last one nothing: clip, then blank.
-    at = np.minimum(split.starts[rows][:, None] + columns, len(split.tokens) - 1)
-    tokens = np.where(mask, split.tokens[at], PADDING_ID)
+    """Gather the examples `rows` (B,) of a packed split into one batch, padded to the longest.
+
+    A pair of documents stands in one row of tokens. Encoded jointly, the second begins at the
+    fixed column `document_len`; encoded apart, both halves are as long as the longest document.
+    """
+    starts, lengths = split.starts[rows], split.lengths[rows]  # (B, K)
+    K = lengths.shape[1]
+    multiple = math.gcd(config.segment_len, TRIM_TOKENS)
+    longest = lengths.max(axis=0)  # (K,)
+    if config.num_encoded == K:
+        longest[:] = width = max(-(-longest.max() // multiple), 1) * multiple
+    else:
+        width = config.document_len
+        longest[-1] = max(-(-longest[-1] // multiple), 1) * multiple
+    columns = np.arange(width)
+    mask = columns < lengths[..., None]  # (B, K, width)
+    # Past the end of a document lies the next one, and past the last one nothing: clip, then blank.
+    at = np.minimum(starts[..., None] + columns, len(split.tokens) - 1)
+    tokens = np.where(mask, split.tokens[at].astype(np.int64) + split.offset, PADDING_ID)
+    L = (K - 1) * width + int(longest[-1])
+    tokens, mask = (x.reshape(len(rows), -1)[:, :L] for x in (tokens, mask))
 
     def to_device(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
         if device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
     return Batch(
-        tokens=to_device(tokens).long(),
+        tokens=to_device(tokens),
         mask=None if mask.all() else to_device(mask),
         labels=to_device(split.labels[rows]),
     )
@@ -65,9 +77,10 @@ def epoch_batches(split: PackedSplit, config: Config, epoch: int) -> np.ndarray:
     rows = random.permutation(len(split))
     B = config.batch_size
     if config.bucket_by_length:
+        lengths = split.lengths.max(axis=1)
         window = B * BUCKET_BATCHES
         rows = np.concatenate([
-            part[np.argsort(split.lengths[part], kind="stable")]
+            part[np.argsort(lengths[part], kind="stable")]
             for part in np.split(rows, range(window, len(rows), window))
         ])
     batches = rows[: len(rows) // B * B].reshape(-1, B)
@@ -90,7 +103,7 @@ def training_batches(
     epoch, position = divmod(start_step, per_epoch)
     while True:
         for rows in epoch_batches(split, config, epoch)[position:]:
-            yield collate(split, rows, config.segment_len, device)
+            yield collate(split, rows, config, device)
         epoch, position = epoch + 1, 0
 
 
@@ -98,7 +111,7 @@ def evaluation_batches(
     split: PackedSplit, config: Config, device: torch.device
 ) -> Iterator[Batch]:
     """Every example once, in batches of like length."""
-    rows = np.argsort(split.lengths, kind="stable")
+    rows = np.argsort(split.lengths.max(axis=1), kind="stable")
     for start in range(0, len(rows), config.batch_size):
         chunk = rows[start : start + config.batch_size]
-        yield collate(split, chunk, config.segment_len, device)
+        yield collate(split, chunk, config, device)

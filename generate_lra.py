@@ -1,7 +1,7 @@
 """Generate Long Range Arena data in the official on-disk format, from a seed.
 
-Use `python generate_lra.py listops --out datasets --seed 0`: the same seed gives the same bytes
-whatever the number of workers, because chunk i of the candidates always draws from random stream i
+Use `python generate_lra.py listops --out datasets --seed 0`, or `pathfinder32`: the same seed gives
+the same bytes whatever the number of workers, because chunk i always draws from random stream i
 and the chunks are consumed in order.
 """
 
@@ -9,10 +9,12 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,7 +26,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
+import PIL
+from PIL import Image
 from tqdm import tqdm
+
+import pathfinder
 
 # Raise it whenever a change alters the bytes that a seed gives.
 FORMAT_VERSION = 1
@@ -52,6 +58,10 @@ PIECES += [
     for name in OPERATORS
     for num_args in range(MIN_ARGS, MAX_ARGS + 1)
 ]
+
+PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")
+BATCH_IMAGES = 1_000  # images in one folder imgs/K
+CHUNK_IMAGES = 250  # drawn at once from one random stream, part of the format; divides a batch
 
 
 class Level(NamedTuple):
@@ -275,6 +285,36 @@ def whole_files(folder: Path, names: Sequence[str]) -> Iterator[list[BinaryIO]]:
         raise
 
 
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `target` when the body ends, or vanishes.
+
+    Args:
+        target: its parents are created if missing.
+    Raises:
+        FileExistsError: the target is there already; it is left as it is.
+        OSError: the folder cannot be written.
+    """
+
+    def refuse_to_overwrite() -> None:
+        if os.path.lexists(target):
+            raise FileExistsError(f"{target} exists; remove it or choose another --out")
+
+    refuse_to_overwrite()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        # One call instead of an fsync per file, of which there may be hundreds of thousands.
+        if hasattr(os, "sync"):
+            os.sync()
+        refuse_to_overwrite()
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def distinct_rows(chunk: Callable[[int], list[bytes]], workers: int) -> Iterator[bytes]:
     """Yield the rows of chunk 0, 1, ... in order, dropping the repeated ones, until closed.
 
@@ -319,15 +359,17 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_listops_request(
-    *, seed: int, counts: dict[str, int], workers: int, min_length: int, max_length: int
-) -> None:
-    """Raise ValueError, naming the option, for a request that no generation can satisfy."""
-    for name, value in {**counts, "workers": workers, "min_length": min_length}.items():
+def _check_numbers(seed: int, **counts: int) -> None:
+    """Raise ValueError, naming the option, for a negative seed or a count below 1."""
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} is too small; it must be at least 1")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; it must be 0 or more")
+
+
+def _check_lengths(min_length: int, max_length: int) -> None:
+    """Raise ValueError, naming the option, for bounds with no sequence between them."""
     shortest = max(min_length + 1, SHORTEST_TREE)
     if max_length <= shortest:
         raise ValueError(
@@ -368,7 +410,8 @@ def generate_listops(
         workers = _available_cores()
     counts = {"train": train, "val": val, "test": test}
     lengths = {"min_length": min_length, "max_length": max_length}
-    _check_listops_request(seed=seed, counts=counts, workers=workers, **lengths)
+    _check_numbers(seed, **counts, workers=workers, min_length=min_length)
+    _check_lengths(**lengths)
 
     folder = Path(out) / LISTOPS_FOLDER
     names = {split: f"basic_{split}.tsv" for split in counts}
@@ -402,6 +445,145 @@ def generate_listops(
     return folder
 
 
+def pathfinder_chunk(index: int, *, seed: int, split: str, images: int) -> list[tuple[bytes, int]]:
+    """Return image chunk `index` as pairs (PNG, label), empty after the last of `images` images."""
+    n = min(CHUNK_IMAGES, images - index * CHUNK_IMAGES)
+    if n <= 0:
+        return []
+    difficulty = pathfinder.DIFFICULTIES[split]
+    stream = np.random.SeedSequence(seed, spawn_key=(difficulty.contour_length, index))
+    drawn, labels = pathfinder.draw_images(
+        np.random.Generator(np.random.PCG64(stream)), n, difficulty
+    )
+    return [(_to_png(image), label) for image, label in zip(drawn, labels.tolist(), strict=True)]
+
+
+def _to_png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _write_images(
+    folder: Path, pairs: Iterable[tuple[bytes, int]], progress: tqdm, row_end: str
+) -> tuple[dict[int, int], str]:
+    """Write the pairs (PNG, label) in batches below `folder`, each with its metadata.
+
+    Args:
+        row_end: the generation parameters that close every row of the metadata.
+    Returns:
+        The number of images per label, and a digest of all files; see `files_sha256` in
+        `generate_pathfinder`.
+    """
+    counts = {0: 0, 1: 0}
+    digests: dict[str, str] = {}
+
+    def write(name: str, content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        digests[name] = hashlib.sha256(content).hexdigest()
+
+    (folder / "metadata").mkdir()
+    pairs = iter(pairs)
+    for batch in itertools.count():
+        # The metadata of a batch have the suffix of numpy's files, yet they are plain text.
+        rows = []
+        for number, (png, label) in enumerate(itertools.islice(pairs, BATCH_IMAGES)):
+            if number == 0:
+                (folder / "imgs" / str(batch)).mkdir(parents=True)
+            write(f"imgs/{batch}/sample_{number}.png", png)
+            rows.append(f"imgs/{batch} sample_{number}.png {number} {label} {row_end}\n")
+            counts[label] += 1
+            progress.update()
+        if not rows:
+            break
+        write(f"metadata/{batch}.npy", "".join(rows).encode())
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return counts, hashlib.sha256(lines.encode()).hexdigest()
+
+
+def generate_pathfinder(
+    out: str | Path,
+    *,
+    seed: int,
+    split: str = "hard",
+    images: int = 200_000,
+    workers: int | None = None,
+) -> Path:
+    """Write one split of Pathfinder at 32 x 32, labels balanced, and GENERATED.json.
+
+    `files_sha256` in that record is the sha256 of what this prints within the folder:
+    `find imgs metadata -type f | LC_ALL=C sort | xargs sha256sum`.
+
+    Args:
+        out: data root; the files go to `out`/lra_release/pathfinder32/curv_*.
+        seed: with split and images, it determines every pixel, and every byte for one Pillow.
+        split: "baseline", "intermediate" or "hard": targets of 6, 9 or 14 paddles.
+        images: images in all; half of them have label 1, rounded down.
+        workers: processes; None takes every available core. More than one needs a calling script
+            whose work stands under `if __name__ == "__main__":`.
+    Returns:
+        The folder that holds imgs and metadata.
+    Raises:
+        ValueError: an argument is out of range.
+        OSError: the folder exists already or cannot be written; nothing of this call remains.
+    Source: Linsley et al. 2018, Kim et al. 2020 (the task); Tay et al. 2021 (LRA), the file format.
+    """
+    if workers is None:
+        workers = _available_cores()
+    _check_numbers(seed, images=images, workers=workers)
+    if split not in pathfinder.DIFFICULTIES:
+        raise ValueError(f"split={split} is none of {', '.join(pathfinder.DIFFICULTIES)}")
+    difficulty = pathfinder.DIFFICULTIES[split]
+    # The columns of the official files: the last one counts the paddle contrasts to choose from.
+    columns = {
+        "continuity": pathfinder.CONTINUITY,
+        "contour_length": difficulty.contour_length,
+        "distractor_length": difficulty.distractor_length,
+        "paddle_length": int(pathfinder.PADDLE_LENGTH),
+        "paddle_thickness": pathfinder.PADDLE_THICKNESS,
+        "paddle_margin": int(pathfinder.PADDLE_MARGIN),
+        "num_paddle_contrasts": 1,
+    }
+
+    target = Path(out) / PATHFINDER_FOLDER / difficulty.folder
+    chunk = functools.partial(pathfinder_chunk, seed=seed, split=split, images=images)
+    num_chunks = -(-images // CHUNK_IMAGES)
+    with (
+        whole_folder(target) as folder,
+        contextlib.closing(results_in_order(chunk, workers)) as chunks,
+        tqdm(total=images, desc=f"pathfinder32 {split}", unit="img", disable=None) as progress,
+    ):
+        pairs = itertools.chain.from_iterable(itertools.islice(chunks, num_chunks))
+        counts, sha256 = _write_images(
+            folder, pairs, progress, " ".join(map(str, columns.values()))
+        )
+        record = {
+            "task": "pathfinder32",
+            "format_version": FORMAT_VERSION,
+            "seed": seed,
+            "split": split,
+            "counts": {"images": images, "label_0": counts[0], "label_1": counts[1]},
+            "parameters": {
+                **columns,
+                "num_distractors": difficulty.num_distractors,
+                "size": pathfinder.SIZE,
+                "padding": pathfinder.PADDING,
+                "seed_distance": pathfinder.SEED_DISTANCE,
+                "marker_radius": pathfinder.MARKER_RADIUS,
+                "antialias_scale": pathfinder.ANTIALIAS_SCALE,
+                "snake_contrast": pathfinder.SNAKE_CONTRAST,
+                "paddle_contrast": pathfinder.PADDLE_CONTRAST,
+                "batch_images": BATCH_IMAGES,
+                "chunk_images": CHUNK_IMAGES,
+            },
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "files_sha256": sha256,
+        }
+        (folder / "GENERATED.json").write_text(json.dumps(record, indent=2) + "\n")
+    return target
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, without the usage text."""
 
@@ -431,6 +613,21 @@ def build_parser() -> argparse.ArgumentParser:
     listops.add_argument("--min_length", type=int, default=500, help="exclusive, in tokens")
     listops.add_argument("--max_length", type=int, default=2_000, help="exclusive, in tokens")
     listops.set_defaults(generate=generate_listops)
+
+    paths = tasks.add_parser(
+        "pathfinder32",
+        parents=[common],
+        help="are the two markers on one contour, 2 classes",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    paths.add_argument(
+        "--split",
+        choices=list(pathfinder.DIFFICULTIES),
+        default="hard",
+        help="contours of 6, 9 or 14 paddles",
+    )
+    paths.add_argument("--images", type=int, default=200_000, help="images, labels balanced")
+    paths.set_defaults(generate=generate_pathfinder)
     return parser
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,10 +20,60 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PADDING_ID = 0
+VOCABULARY_WORDS = 20_000  # of the word level
 
 
 class ConfigError(ValueError):
     """A mistake in the configuration, told in one line."""
+
+
+class ByteTokenizer:
+    """A byte's id is its value + 1, so that 0 stays free for padding; grey levels count as bytes.
+
+    What is stored are the values: they fit into one byte, the ids do not.
+    """
+
+    vocab_size = 257
+    dtype = np.uint8
+    offset = 1  # id = stored value + offset
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Return the values (length,) uint8."""
+        return np.frombuffer(data, self.dtype)
+
+
+class WordTokenizer:
+    """Words of a fixed vocabulary to ids: 1 is an unknown word, then the words in their order.
+
+    A word is a run of letters, digits and apostrophes in lower case; `<br />` is a space.
+    """
+
+    vocab_size = 2 + VOCABULARY_WORDS
+    dtype = np.uint16
+    offset = 0
+    unknown_id = 1
+    _word = re.compile(r"(?:[^\W_]|')+")
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self.vocabulary = list(vocabulary)
+        self._ids = {word: i for i, word in enumerate(vocabulary, start=self.unknown_id + 1)}
+
+    @classmethod
+    def words(cls, text: str) -> list[str]:
+        return cls._word.findall(text.replace("<br />", " ").lower())
+
+    @classmethod
+    def build_vocabulary(cls, texts: Iterable[str]) -> list[str]:
+        """The most frequent words of `texts`; equally frequent ones in alphabetical order."""
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(cls.words(text))
+        return sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_WORDS]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids (length,) uint16."""
+        ids = [self._ids.get(word, self.unknown_id) for word in self.words(text)]
+        return np.array(ids, self.dtype)
 
 
 class ListOpsTokenizer:
@@ -34,6 +85,7 @@ class ListOpsTokenizer:
     tokens = ("[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
     vocab_size = 1 + len(tokens)
     dtype = np.uint8
+    offset = 0
 
     def __init__(self) -> None:
         self._ids = {token: i for i, token in enumerate(self.tokens, start=PADDING_ID + 1)}
@@ -61,12 +113,21 @@ class Task:
 
     tokenizer: type
     num_classes: int
-    max_seq_len: int
+    max_seq_len: int  # over all documents of an example
     num_segments: int
+    num_documents: int = 1
 
 
 TASKS = {
     "listops": Task(ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8),
+    "imdb": Task(WordTokenizer, num_classes=2, max_seq_len=512, num_segments=2),
+    "imdb_long": Task(WordTokenizer, num_classes=2, max_seq_len=1536, num_segments=6),
+    "imdb_lra": Task(ByteTokenizer, num_classes=2, max_seq_len=4096, num_segments=8),
+    "cifar10": Task(ByteTokenizer, num_classes=10, max_seq_len=1024, num_segments=4),
+    "pathfinder32": Task(ByteTokenizer, num_classes=2, max_seq_len=1024, num_segments=4),
+    "aan": Task(
+        ByteTokenizer, num_classes=2, max_seq_len=8192, num_segments=16, num_documents=2
+    ),
 }
 
 Count = Annotated[int, Field(ge=0)]
@@ -87,7 +148,10 @@ class Config(BaseModel):
     # Data
     dataset: Literal[tuple(TASKS)]
     data_dir: str = "datasets"
+    download: bool = False  # fetch CIFAR-10 or IMDb when they are not there
     max_seq_len: Size  # after padding to whole segments; default: the task table's
+    document_pair: Literal["joint", "separate"] = "joint"  # aan: one sequence, or one each
+    embedding_path: str | None = None  # word level: pretrained vectors, GloVe's text format
     bucket_by_length: bool = False  # batches of like length: less padding, same epochs
 
     # Segments and memory
@@ -165,6 +229,22 @@ class Config(BaseModel):
                 f"{self.num_segments} equal segments; set max_seq_len={padded} or another "
                 "num_segments"
             )
+        documents = self.task.num_documents
+        if self.num_segments % documents:
+            raise ValueError(
+                f"num_segments={self.num_segments} does not give each of the {documents} "
+                f"documents of {self.dataset} whole segments; use a multiple of {documents}"
+            )
+        if self.document_pair == "separate" and documents == 1:
+            raise ValueError(
+                f"document_pair=separate needs two documents, dataset={self.dataset} has one; "
+                "use joint"
+            )
+        if self.embedding_path and self.task.tokenizer is not WordTokenizer:
+            raise ValueError(
+                f"embedding_path holds word vectors and dataset={self.dataset} has no words; "
+                "use it with imdb or imdb_long"
+            )
         if self.dim % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide dim={self.dim}; "
@@ -193,6 +273,16 @@ class Config(BaseModel):
     @property
     def task(self) -> Task:
         return TASKS[self.dataset]
+
+    @property
+    def document_len(self) -> int:
+        """Tokens of each document of an example, padding included."""
+        return self.max_seq_len // self.task.num_documents
+
+    @property
+    def num_encoded(self) -> int:
+        """The sequences that the encoder sees of one example: 2 with `document_pair: separate`."""
+        return self.task.num_documents if self.document_pair == "separate" else 1
 
     @property
     def segment_len(self) -> int:

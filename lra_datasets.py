@@ -1,131 +1,350 @@
-"""Readers: from a data set's files on disk to packed splits.
+"""Readers: one class per data set, from its files on disk to (documents, label).
 
-A reader is a class with `files(split)` and `examples(split)`; `READERS` names it for its `dataset`.
-`load_split` packs what it yields once into small integers under `<data_dir>/.cache` and maps the
-result into memory from then on.
+To bring a data set of your own: write a class as below (`sources`, `examples`, `prepare`), name it
+in `READERS`, and give it a row in `lra_config.TASKS`.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
+import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from generate_lra import generate_listops
-from lra_config import Config
+from generate_lra import generate_listops, generate_pathfinder
+from lra_config import Config, WordTokenizer
+from packing import SPLITS, DataError, Reader, cache_dir, fingerprint, held_out_rows
 from utils import write_json
 
-SPLITS = ("train", "val", "test")
-CACHE_VERSION = 1  # raise it when a reader or the layout below changes
+GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
+Example = tuple[tuple[np.ndarray, ...], int]
 
 
-class DataError(ValueError):
-    """A mistake in the data on disk, told in one line: file, row, what to do."""
+class FileReader:
+    """What the readers share: a folder below `data_dir`, found at any of the usual depths."""
+
+    parts: tuple[str, ...] = SPLITS
+
+    def __init__(self, config: Config, *candidates: str) -> None:
+        self.config = config
+        self.skipped = 0
+        folders = [Path(config.data_dir) / candidate for candidate in candidates]
+        self.folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        if config.task.tokenizer is not WordTokenizer:
+            self.tokenizer = config.task.tokenizer()
+
+    def key(self) -> dict[str, Any]:
+        return {}
+
+    def origin(self) -> str:
+        generated = (self.folder / "GENERATED.json").exists()
+        return "generated" if generated else "downloaded"
+
+    def label(self, text: str, where: str) -> int:
+        """A class number from its text."""
+        classes = self.config.task.num_classes
+        if not (text.isascii() and text.isdigit() and int(text) < classes):
+            raise DataError(
+                f"{where}: label {text!r} is not one of 0..{classes - 1}; fetch the file again"
+            )
+        return int(text)
 
 
-@dataclass(frozen=True)
-class PackedSplit:
-    """One split, sequences end to end in the smallest integers that hold the vocabulary."""
-
-    tokens: np.ndarray  # (sum of lengths,) uint8 or uint16, mapped from the disk
-    starts: np.ndarray  # (examples,) int64, where a sequence begins in `tokens`
-    lengths: np.ndarray  # (examples,) int64, in tokens
-    labels: np.ndarray  # (examples,) int64
-
-    def __len__(self) -> int:
-        return len(self.labels)
+def lra_release(*parts: str) -> tuple[str, str]:
+    """The two depths at which the official archive unpacks."""
+    return "/".join(("lra_release", *parts)), "/".join(("lra_release", "lra_release", *parts))
 
 
-class ListOps:
+class ListOps(FileReader):
     """`lra_release/listops-1000/basic_{train,val,test}.tsv`, columns Source and Target."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.tokenizer = config.task.tokenizer()
-        release = Path(config.data_dir) / "lra_release"
-        # The official archive unpacks one level deeper than its own instructions say.
-        folders = [release / "listops-1000", release / "lra_release" / "listops-1000"]
-        self.folder = next((f for f in folders if any(f.glob("basic_*.tsv"))), folders[0])
+        super().__init__(config, *lra_release("listops-1000"))
 
-    def files(self, split: str) -> list[Path]:
-        return [self.folder / f"basic_{split}.tsv"]
+    def sources(self, part: str) -> list[Path]:
+        return [self.folder / f"basic_{part}.tsv"]
 
     def prepare(self) -> None:
-        """Generate the files when none is there.
-
-        Raises:
-            DataError: some of the three files are there and some are not.
-        """
-        paths = [path for split in SPLITS for path in self.files(split)]
+        """Generate the files when none is there; some of them are a mistake."""
+        paths = [path for part in self.parts for path in self.sources(part)]
         missing = [path for path in paths if not path.exists()]
         if len(missing) == len(paths):
             print(f"no ListOps files in {self.folder}: generating them", flush=True)
-            generate_listops(self.config.data_dir, seed=0)
+            self.folder = generate_listops(self.config.data_dir, seed=0)
         elif missing:
             raise DataError(
                 f"{missing[0]}: missing while the other split files are there; restore it, or "
                 "remove all three to have them generated"
             )
 
-    def origin(self) -> str:
-        generated = (self.folder / "GENERATED.json").exists()
-        return "generated" if generated else "downloaded"
-
-    def examples(self, split: str) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (ids, label) of each row.
-
-        Raises:
-            DataError: a row that is not `Source<TAB>Target`, an unknown token, a sequence longer
-                than `max_seq_len` or a label outside 0..9.
-        """
-        path = self.files(split)[0]
-        limit, classes = self.config.max_seq_len, self.config.task.num_classes
-        # Bytes that are no text become an unknown token of their row, not an error without a place.
-        with open(path, encoding="utf-8", errors="backslashreplace", newline="") as handle:
-            rows = csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = next(rows, None)
-            if header != ["Source", "Target"]:
+    def examples(self, part: str) -> Iterator[Example]:
+        path = self.sources(part)[0]
+        limit = self.config.max_seq_len
+        for where, row in tab_separated_rows(path):
+            if where.endswith(" row 1"):
+                if row != ["Source", "Target"]:
+                    raise DataError(
+                        f"{where}: expected the header Source<TAB>Target; fetch the file again"
+                    )
+                continue
+            if len(row) != 2:
                 raise DataError(
-                    f"{path} row 1: expected the header Source<TAB>Target; fetch the file again"
+                    f"{where}: has {len(row)} columns, expected Source and Target; the file may "
+                    "be cut short, fetch it again"
                 )
-            for number, row in enumerate(rows, start=2):
+            try:
+                ids = self.tokenizer.encode(row[0])
+            except ValueError as error:
+                raise DataError(f"{where}: {error}; fetch the file again") from None
+            if len(ids) > limit:
+                raise DataError(
+                    f"{where}: has {len(ids)} tokens, max_seq_len={limit} allows {limit}; "
+                    "raise max_seq_len"
+                )
+            yield (ids,), self.label(row[1], where)
+
+
+def tab_separated_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Stream (place, columns) of a file without quoting; bytes that are no UTF-8 stay visible."""
+    with open(path, encoding="utf-8", errors="backslashreplace", newline="\n") as handle:
+        for number, line in enumerate(handle, start=1):
+            yield f"{path} row {number}", line.rstrip("\r\n").split("\t")
+
+
+class Imdb(FileReader):
+    """`aclImdb/{train,test}/{pos,neg}/*.txt`: bytes (`imdb_lra`) or words."""
+
+    parts = ("train", "test")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "aclImdb")
+
+    def sources(self, part: str) -> list[Path]:
+        return [
+            Path(entry)
+            for label in ("neg", "pos")
+            for entry in sorted(
+                e.path for e in os.scandir(self.folder / part / label) if e.name.endswith(".txt")
+            )
+        ]
+
+    def prepare(self) -> None:
+        if not self.folder.is_dir() and self.config.download:
+            download_imdb(self.folder)
+        for part in self.parts:
+            for label in ("neg", "pos"):
+                folder = self.folder / part / label
+                if not folder.is_dir() or not any(folder.glob("*.txt")):
+                    raise DataError(
+                        f"{folder}: no reviews there; run ./get_lra_data.sh imdb, or set "
+                        "download: true"
+                    )
+        if self.config.task.tokenizer is WordTokenizer:
+            self.tokenizer = WordTokenizer(self._vocabulary())
+
+    def key(self) -> dict[str, Any]:
+        words = self.config.task.tokenizer is WordTokenizer
+        return {"vocabulary": self.tokenizer.vocabulary} if words else {}
+
+    def _vocabulary(self) -> list[str]:
+        """Words of the training part alone: what is held out for validation has no say."""
+        files, seed = self.sources("train"), self.config.seed
+        path = cache_dir(self.config) / f"imdb-words-{fingerprint(files, seed=seed)}.json"
+        if not path.exists():
+            kept, _ = held_out_rows(len(files), seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            texts = (self._text(files[row]) for row in kept)
+            write_json(path, WordTokenizer.build_vocabulary(texts))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def examples(self, part: str) -> Iterator[Example]:
+        words = self.config.task.tokenizer is WordTokenizer
+        for path in self.sources(part):
+            document = self.tokenizer.encode(self._text(path) if words else path.read_bytes())
+            if not len(document):
+                raise DataError(f"{path}: holds no text; fetch the data again")
+            yield (document[: self.config.max_seq_len],), int(path.parent.name == "pos")
+
+    @staticmethod
+    def _text(path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: byte {error.start} is not UTF-8; fetch the data again, or use "
+                "dataset: imdb_lra, which reads bytes"
+            ) from None
+
+
+class Cifar10(FileReader):
+    """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as grey levels."""
+
+    parts = ("train", "test")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "cifar-10-batches-py")
+
+    def sources(self, part: str) -> list[Path]:
+        names = [f"data_batch_{i}" for i in range(1, 6)] if part == "train" else ["test_batch"]
+        return [self.folder / name for name in names]
+
+    def prepare(self) -> None:
+        if not self.folder.is_dir() and self.config.download:
+            download_cifar10(Path(self.config.data_dir))
+        for path in (path for part in self.parts for path in self.sources(part)):
+            if not path.exists():
+                raise DataError(
+                    f"{path}: missing; run ./get_lra_data.sh cifar10, or set download: true"
+                )
+
+    def examples(self, part: str) -> Iterator[Example]:
+        for path in self.sources(part):
+            images, labels = self._batch(path)
+            pixels = images.reshape(-1, 3, self.config.task.max_seq_len)  # (n, RGB, 1024)
+            grey = np.rint(np.einsum("c,ncp->np", GREY, pixels)).astype(np.uint8)
+            for row, (image, label) in enumerate(zip(grey, labels, strict=True), start=1):
+                yield (image,), self.label(str(label), f"{path} row {row}")
+
+    @staticmethod
+    def _batch(path: Path) -> tuple[np.ndarray, list[int]]:
+        """The images (n, 3072) uint8 and labels of one file."""
+        try:
+            batch = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+            images, labels = batch[b"data"], batch[b"labels"]
+            usable = images.dtype == np.uint8 and images.shape == (len(labels), 3072)
+        # A damaged pickle raises nearly anything.
+        except Exception as error:
+            raise DataError(
+                f"{path}: not a CIFAR-10 batch ({str(error) or type(error).__name__}); fetch it "
+                "again"
+            ) from None
+        if not usable:
+            raise DataError(f"{path}: images are not (n, 3072) bytes; fetch the file again")
+        return images, labels
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits plain containers and numpy arrays; everything else could run code."""
+
+    _admitted = frozenset({"_reconstruct", "ndarray", "dtype"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in self._admitted:
+            # The official files name numpy's modules of 2009.
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+class Pathfinder32(FileReader):
+    """`pathfinder32/curv_contour_length_14/{imgs,metadata}`: grey images and rows about them."""
+
+    parts = ("all",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, *lra_release("pathfinder32", "curv_contour_length_14"))
+
+    def sources(self, part: str) -> list[Path]:
+        files = (self.folder / "metadata").glob("*.npy")
+        return sorted(files, key=lambda path: (len(path.name), path.name))
+
+    def prepare(self) -> None:
+        if not self.folder.is_dir():
+            print(f"no Pathfinder images in {self.folder}: generating them", flush=True)
+            self.folder = generate_pathfinder(self.config.data_dir, seed=0)
+        for name in ("imgs", "metadata"):
+            if not (self.folder / name).is_dir():
+                raise DataError(
+                    f"{self.folder / name}: missing; restore it, or remove {self.folder} to have "
+                    "it generated"
+                )
+        if not self.sources("all"):
+            raise DataError(f"{self.folder / 'metadata'}: holds no .npy file; fetch it again")
+
+    def examples(self, part: str) -> Iterator[Example]:
+        from PIL import Image, UnidentifiedImageError
+
+        side = int(self.config.task.max_seq_len**0.5)
+        for metadata in self.sources(part):
+            with open(metadata, encoding="utf-8", errors="backslashreplace") as handle:
+                for number, line in enumerate(handle, start=1):
+                    where = f"{metadata} row {number}"
+                    fields = line.split()
+                    if len(fields) < 4:
+                        raise DataError(
+                            f"{where}: has {len(fields)} fields, expected folder, file, number, "
+                            "label; fetch the file again"
+                        )
+                    label = self.label(fields[3], where)
+                    path = self.folder / fields[0] / fields[1]
+                    try:
+                        if path.stat().st_size == 0:  # some of the released ones are
+                            self.skipped += 1
+                            continue
+                        with Image.open(path) as image:
+                            pixels = np.asarray(image.convert("L"))
+                    except (OSError, UnidentifiedImageError) as error:
+                        reason = getattr(error, "strerror", None) or "not an image"
+                        raise DataError(f"{path} ({where}): {reason}; fetch it again") from None
+                    if pixels.shape != (side, side):
+                        raise DataError(
+                            f"{path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected "
+                            f"{side} x {side}; fetch it again"
+                        )
+                    yield (pixels.reshape(-1),), label
+
+
+class Aan(FileReader):
+    """`tsv_data/new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts, no header."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, *lra_release("tsv_data"))
+
+    def sources(self, part: str) -> list[Path]:
+        return [self.folder / f"new_aan_pairs.{'eval' if part == 'val' else part}.tsv"]
+
+    def prepare(self) -> None:
+        for path in (path for part in self.parts for path in self.sources(part)):
+            if not path.exists():
+                raise DataError(
+                    f"{path}: missing; its texts may not be redistributed, ./get_lra_data.sh aan "
+                    "says where to obtain them"
+                )
+
+    def examples(self, part: str) -> Iterator[Example]:
+        path, limit = self.sources(part)[0], self.config.document_len
+        with open(path, "rb") as handle:  # bytes: nothing is decoded, so nothing can be invalid
+            for number, line in enumerate(handle, start=1):
                 where = f"{path} row {number}"
-                if len(row) != 2:
+                columns = line.rstrip(b"\r\n").split(b"\t")
+                if len(columns) != 5:
                     raise DataError(
-                        f"{where}: has {len(row)} columns, expected Source and Target; the file "
-                        "may be cut short, fetch it again"
+                        f"{where}: has {len(columns)} columns, expected label, two ids and two "
+                        "texts; the file may be cut short, fetch it again"
                     )
-                source, target = row
-                try:
-                    ids = self.tokenizer.encode(source)
-                except ValueError as error:
-                    raise DataError(f"{where}: {error}; fetch the file again") from None
-                if len(ids) > limit:
-                    raise DataError(
-                        f"{where}: has {len(ids)} tokens, max_seq_len={limit} allows {limit}; "
-                        "raise max_seq_len"
-                    )
-                if not (target.isascii() and target.isdigit() and int(target) < classes):
-                    raise DataError(
-                        f"{where}: label {target!r} is not one of 0..{classes - 1}; "
-                        "fetch the file again"
-                    )
-                yield ids, int(target)
+                label = columns[0].decode("ascii", "backslashreplace").removesuffix(".0")
+                documents = tuple(self.tokenizer.encode(text[:limit]) for text in columns[3:])
+                yield documents, self.label(label, where)
 
 
-READERS = {"listops": ListOps}
+READERS = {
+    "listops": ListOps,
+    "imdb": Imdb,
+    "imdb_long": Imdb,
+    "imdb_lra": Imdb,
+    "cifar10": Cifar10,
+    "pathfinder32": Pathfinder32,
+    "aan": Aan,
+}
 
 
-def open_dataset(config: Config) -> ListOps:
+def open_dataset(config: Config) -> Reader:
     """The reader of `config.dataset`, with its files in place.
 
     Raises:
@@ -136,69 +355,78 @@ def open_dataset(config: Config) -> ListOps:
     return reader
 
 
-def load_split(reader: ListOps, split: str) -> PackedSplit:
-    """The packed `split`, from the cache if its sources have not changed since.
-
-    Raises:
-        DataError: the source files hold something that is not their format.
-    """
-    sources = [
-        {"path": str(p.resolve()), "size": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns}
-        for p in reader.files(split)
-    ]
-    config = reader.config
-    key = {
-        "version": CACHE_VERSION,
-        "dataset": config.dataset,
-        "split": split,
-        "max_seq_len": config.max_seq_len,
-        "sources": sources,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.data_dir) / ".cache" / f"{config.dataset}-{split}-{digest}"
-    if not folder.exists():
-        _pack(reader, split, folder, key)
-    lengths = np.load(folder / "lengths.npy")
-    return PackedSplit(
-        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
-        starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]),
-        lengths=lengths,
-        labels=np.load(folder / "labels.npy"),
-    )
-
-
-def _pack(reader: ListOps, split: str, folder: Path, key: dict) -> None:
-    """Write the packed split into a folder that appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".part", dir=folder.parent))
+def download_cifar10(data_dir: Path) -> None:
+    """Fetch CIFAR-10 through torchvision."""
     try:
-        dtype = np.dtype(reader.tokenizer.dtype)
-        lengths, labels = [], []
-        with open(part / "tokens", "wb") as stream:
-            progress = tqdm(
-                reader.examples(split), desc=f"packing {reader.config.dataset} {split}",
-                unit=" examples", disable=None, leave=False,
-            )
-            for ids, label in progress:
-                stream.write(ids.astype(dtype, copy=False).tobytes())
-                lengths.append(len(ids))
-                labels.append(label)
-        if not labels:
-            raise DataError(f"{reader.files(split)[0]}: holds no example; fetch the file again")
-        # Copied under its header in one sweep: only now is the length that it states known.
-        tokens = np.lib.format.open_memmap(
-            part / "tokens.npy", mode="w+", dtype=dtype, shape=(sum(lengths),)
-        )
-        tokens[:] = np.memmap(part / "tokens", dtype=dtype, mode="r")
-        tokens.flush()
-        (part / "tokens").unlink()
-        np.save(part / "lengths.npy", np.array(lengths, dtype=np.int64))
-        np.save(part / "labels.npy", np.array(labels, dtype=np.int64))
-        write_json(part / "source.json", key)
-        try:
-            os.rename(part, folder)
-        except OSError:
-            if not folder.exists():  # else another process packed the same split meanwhile
-                raise
+        from torchvision.datasets import CIFAR10
+
+        CIFAR10(root=data_dir, download=True)
+    # Whatever the import or the network raises, the way out is the same.
+    except Exception as error:
+        raise DataError(
+            f"CIFAR-10 could not be fetched through torchvision ({_first_line(error)}); run "
+            "./get_lra_data.sh cifar10"
+        ) from None
+
+
+def download_imdb(folder: Path) -> None:
+    """Fetch IMDb through Hugging Face `datasets`, laid out as the official archive unpacks."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half_done = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".part", dir=folder.parent))
+    try:
+        from datasets import load_dataset
+
+        for part in Imdb.parts:
+            for label in ("neg", "pos"):
+                (half_done / part / label).mkdir(parents=True)
+            for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
+                name = f"{number}_{row['label']}.txt"
+                path = half_done / part / ("pos" if row["label"] else "neg") / name
+                path.write_text(row["text"], encoding="utf-8")
+        os.rename(half_done, folder)
+    except Exception as error:
+        raise DataError(
+            f"IMDb could not be fetched through Hugging Face datasets ({_first_line(error)}); run "
+            "./get_lra_data.sh imdb"
+        ) from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(half_done, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, np.ndarray]:
+    """Read the vectors of the vocabulary's words from GloVe's text format.
+
+    Args:
+        path: a file of lines `word v_1 ... v_dim`.
+        vocabulary: the words, in the order of their ids.
+        dim: width of the embedding.
+    Returns:
+        Token id to vector (dim,) float32, for the words found.
+    Raises:
+        DataError: the file cannot be read, or its vectors have another width.
+    """
+    ids = {word: i for i, word in enumerate(vocabulary, start=WordTokenizer.unknown_id + 1)}
+    vectors = {}
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as handle:
+            for number, line in enumerate(handle, start=1):
+                word, *values = line.rstrip("\n").split(" ")
+                if word not in ids:
+                    continue
+                if len(values) != dim:
+                    raise DataError(
+                        f"{path} row {number}: has {len(values)} values, dim={dim}; set dim to the "
+                        "width of the vectors"
+                    )
+                vectors[ids[word]] = np.array(values, dtype=np.float32)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; name a GloVe text file") from None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} row {number}: holds something that is not a number") from None
+    return vectors

@@ -273,22 +273,24 @@ class RMAAT(nn.Module):
         super().__init__()
         self.segment_len = config.segment_len
         self.max_seq_len = config.max_seq_len
+        self.num_encoded = config.num_encoded  # sequences that one example is encoded as
         self.pooling = config.pooling
         self.precision = config.precision
         self.position_embedding = config.position_embedding
-        factors = retention_factors(config.num_segments).tolist()
-        self.retention_factors = factors if config.astro_mem else [1.0] * config.num_segments
+        T = config.num_segments // self.num_encoded
+        self.retention_factors = retention_factors(T).tolist() if config.astro_mem else [1.0] * T
 
         self.token_embedding = nn.Embedding(
             config.task.tokenizer.vocab_size, config.dim, padding_idx=PADDING_ID
         )
         if self.position_embedding == "learned":
-            self.position_table = nn.Parameter(0.02 * torch.randn(config.max_seq_len, config.dim))
+            self.position_table = nn.Parameter(0.02 * torch.randn(T * self.segment_len, config.dim))
         self.embedding_norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.memory = nn.Parameter(0.02 * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        self.head = nn.Linear(config.dim, config.task.num_classes)
+        head_dim = config.dim if self.num_encoded == 1 else 4 * config.dim
+        self.head = nn.Linear(head_dim, config.task.num_classes)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Classify sequences; autograd through this call is BPTT.
@@ -302,9 +304,9 @@ class RMAAT(nn.Module):
             ValueError: L is 0 or exceeds `max_seq_len`, or the mask has another shape.
         """
         positions = self.positions()
-        memory = self.initial_memory(len(tokens))
-        readouts = []
         segments, mask = self.split(tokens, mask)
+        memory = self.initial_memory(len(segments[0].tokens))
+        readouts = []
         for index, segment in enumerate(segments):
             memory, readout = self.segment(
                 segment.tokens, memory, index, segment.mask, positions
@@ -317,8 +319,13 @@ class RMAAT(nn.Module):
     ) -> tuple[list[Segment], Tensor | None]:
         """Cut (B, L) tokens and mask into segments of S, of which the last may be shorter.
 
+        With `document_pair: separate` the two halves of a row become two rows, 2B in all.
+
         Returns:
             The segments, and the mask as `combine` wants it: never None beside a short segment.
+        Raises:
+            ValueError: L is 0, exceeds `max_seq_len` or has no two equal halves, or the mask has
+                another shape.
         """
         L = tokens.shape[1]
         if not 1 <= L <= self.max_seq_len:
@@ -330,7 +337,11 @@ class RMAAT(nn.Module):
             raise ValueError(
                 f"mask {tuple(mask.shape)} and tokens {tuple(tokens.shape)} differ in shape"
             )
-        if mask is None and L % self.segment_len:
+        if L % self.num_encoded:
+            raise ValueError(f"got {L} tokens for {self.num_encoded} documents of equal length")
+        tokens = tokens.reshape(-1, L // self.num_encoded)
+        mask = None if mask is None else mask.reshape(tokens.shape)
+        if mask is None and tokens.shape[1] % self.segment_len:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         pieces = tokens.split(self.segment_len, dim=1)
         masks = [None] * len(pieces) if mask is None else mask.split(self.segment_len, dim=1)
@@ -421,8 +432,16 @@ class RMAAT(nn.Module):
             mask: (B, L) bool of the sequence; None if every one of those segments is whole.
         Returns:
             (B, D): the mean over real tokens (`mean`), or the read-out of the last segment that
-            holds a real token (`last`, `memory`); zero for a sequence without a real token.
+            holds a real token (`last`, `memory`); zero for a sequence without a real token. With
+            `document_pair: separate`, from (2B, D) the match [u, v, u * v, u - v], (B, 4D).
         """
+        pooled = self._pool(readouts, mask)
+        if self.num_encoded == 1:
+            return pooled
+        u, v = pooled.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
+        return torch.cat([u, v, u * v, u - v], dim=1)
+
+    def _pool(self, readouts: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         stacked = torch.stack(list(readouts), dim=1)  # (B, T, D)
         if self.pooling == "mean":
             if mask is None:

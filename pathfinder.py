@@ -13,6 +13,10 @@ Lengths are in pixels of the final image. Points are complex numbers x + iy, y d
 SIZE. Shapes: n scenes, m candidates, p paddles; a paddle is (2,): tail and head.
 
 Source: Linsley et al. 2018 and Kim et al. 2020 (the task); Tay et al. 2021 (LRA), the values.
+Deviation: the public generator leaves gaps of two margins within a contour, keeps contours apart
+only on the pixel grid, omits distractors that find no room, and draws distractors brighter than
+targets. Here gaps are one margin wide, so that the margins between contours can be exact and the
+number of distractors always the same; and all contours are equally bright.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from checkpoint import CheckpointError
 from lra_config import ConfigError, load_config
-from lra_datasets import DataError
+from packing import DataError
 from train import Interrupted, train
 
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 import checkpoint
 from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError, dump_config
-from lra_datasets import SPLITS, load_split, open_dataset
+from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, build_model
+from packing import load_splits
 from plots import plot_curves
 from utils import (
     RunLog,
@@ -89,7 +90,7 @@ def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
     device = batch.tokens.device
     segments, mask = model.split(batch.tokens, batch.mask)
     last = len(segments) - 1
-    initial_memory = model.initial_memory(len(batch.labels))  # (B, M, D)
+    initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
     positions = model.positions()
     # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
     shared = None if positions is None else _leaf(positions)
@@ -206,6 +207,7 @@ class Summary:
     hardware: str
     data: str  # downloaded or generated
     examples: dict[str, int]  # per split
+    skipped: int  # examples whose file is empty
     command: str
     versions: dict[str, str]  # when the run was started or resumed
 
@@ -237,9 +239,15 @@ class Trainer:
         state = self._claim_folder(resume)
 
         self.reader = open_dataset(config)
-        self.splits = {name: load_split(self.reader, name) for name in SPLITS}
+        self.splits = load_splits(self.reader)
         seed_everything(config.seed)
         self.model = build_model(config).to(self.device)
+        if config.embedding_path and state is None:
+            vectors = load_word_vectors(
+                config.embedding_path, self.reader.tokenizer.vocabulary, config.dim
+            )
+            for token, vector in vectors.items():
+                self.model.token_embedding.weight.data[token] = torch.from_numpy(vector)
         self.optimizer = build_optimizer(self.model, config)
         self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
         # Sums of loss, correct answers and real tokens since the last line of the log; on the
@@ -398,6 +406,7 @@ class Trainer:
             hardware=hardware(self.device),
             data=self.reader.origin(),
             examples={name: len(split) for name, split in self.splits.items()},
+            skipped=self.reader.skipped,
             command=" ".join(sys.argv),
             versions=self.versions,
         )

@@ -1,0 +1,199 @@
+"""Packed splits: what a reader yields, once, as small integers in a cache mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from lra_config import Config
+from utils import write_json
+
+SPLITS = ("train", "val", "test")
+HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
+CACHE_VERSION = 2  # raise it when a reader or the layout below changes
+
+
+class DataError(ValueError):
+    """A mistake in the data on disk, told in one line: file, row, what to do."""
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """One split: documents end to end in the smallest integers that hold them.
+
+    E examples of K documents each; K is 1 but for pairs.
+    """
+
+    tokens: np.ndarray  # (sum of lengths,) uint8 or uint16, mapped from the disk
+    starts: np.ndarray  # (E, K) int64, where a document begins in `tokens`
+    lengths: np.ndarray  # (E, K) int64, in tokens
+    labels: np.ndarray  # (E,) int64
+    offset: int  # a token's id is what is stored plus this
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> PackedSplit:
+        """The examples `rows`, over the same tokens."""
+        return replace(
+            self, starts=self.starts[rows], lengths=self.lengths[rows], labels=self.labels[rows]
+        )
+
+
+class Tokenizer(Protocol):
+    """What turns one document into small integers."""
+
+    dtype: type
+    offset: int
+
+    def encode(self, document: Any) -> np.ndarray: ...
+
+
+class Reader(Protocol):
+    """A data set on disk."""
+
+    config: Config
+    tokenizer: Tokenizer
+    parts: tuple[str, ...]  # what the disk holds: the three SPLITS, train and test, or all
+    skipped: int  # examples left out while reading, because their file is empty
+
+    def prepare(self) -> None:
+        """Make sure that the files are there. Raises DataError."""
+
+    def sources(self, part: str) -> list[Path]:
+        """The files whose change makes the packed part stale."""
+
+    def key(self) -> dict[str, Any]:
+        """What else the packed parts depend on, as JSON."""
+
+    def examples(self, part: str) -> Iterator[tuple[tuple[np.ndarray, ...], int]]:
+        """Yield (documents, label); the documents as the tokenizer encodes them."""
+
+    def origin(self) -> str:
+        """`downloaded` or `generated`."""
+
+
+def held_out_rows(num_examples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the row numbers into those kept and the share `HELD_OUT`, both ascending."""
+    order = np.random.default_rng([seed, num_examples]).permutation(num_examples)
+    count = round(HELD_OUT * num_examples)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def load_splits(reader: Reader) -> dict[str, PackedSplit]:
+    """The three splits, from the cache if their sources have not changed since.
+
+    A test split that the disk does not hold is a tenth of all examples, a validation split a tenth
+    of all (or of the training part), chosen by `seed`.
+
+    Raises:
+        DataError: the source files hold something that is not their format.
+    """
+    splits = {part: _load_part(reader, part) for part in reader.parts}
+    seed = reader.config.seed
+    if "all" in splits:
+        everything = splits.pop("all")
+        rest, test = held_out_rows(len(everything), seed)
+        # Both held-out splits are of one size: the second is a tenth of the whole as well.
+        order = np.random.default_rng([seed, len(rest)]).permutation(rest)
+        splits["test"] = everything.take(test)
+        splits["val"] = everything.take(np.sort(order[: len(test)]))
+        splits["train"] = everything.take(np.sort(order[len(test) :]))
+    elif "val" not in splits:
+        kept, held_out = held_out_rows(len(splits["train"]), seed)
+        splits["val"] = splits["train"].take(held_out)
+        splits["train"] = splits["train"].take(kept)
+    for name, split in splits.items():
+        if not len(split):
+            raise DataError(f"{reader.sources(reader.parts[0])[0]}: too few examples for a {name} split")
+    return {name: splits[name] for name in SPLITS}
+
+
+def fingerprint(paths: list[Path], **key: Any) -> str:
+    """A digest of the files' names, sizes and times, and of `key`."""
+    stats = [(str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
+    text = json.dumps([CACHE_VERSION, stats, key], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cache_dir(config: Config) -> Path:
+    return Path(config.data_dir) / ".cache"
+
+
+def _load_part(reader: Reader, part: str) -> PackedSplit:
+    config = reader.config
+    digest = fingerprint(
+        reader.sources(part), dataset=config.dataset, part=part, document_len=config.document_len,
+        **reader.key(),
+    )
+    folder = cache_dir(config) / f"{config.dataset}-{part}-{digest}"
+    if not folder.exists():
+        try:
+            _pack(reader, part, folder)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or folder}: {error.strerror}; the packed {part} split was not "
+                "written, free some space or set another data_dir"
+            ) from error
+    info = json.loads((folder / "info.json").read_text())
+    reader.skipped += info["skipped"]
+    lengths = np.load(folder / "lengths.npy")  # (E, K)
+    ends = lengths.cumsum().reshape(lengths.shape)
+    return PackedSplit(
+        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
+        starts=ends - lengths,
+        lengths=lengths,
+        labels=np.load(folder / "labels.npy"),
+        offset=reader.tokenizer.offset,
+    )
+
+
+def _pack(reader: Reader, part: str, folder: Path) -> None:
+    """Write a packed part into a folder that appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half_done = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".part", dir=folder.parent))
+    try:
+        dtype = np.dtype(reader.tokenizer.dtype)
+        lengths, labels = [], []
+        skipped_before = reader.skipped
+        with open(half_done / "stream", "wb") as stream:
+            progress = tqdm(
+                reader.examples(part), desc=f"packing {reader.config.dataset} {part}",
+                unit=" examples", disable=None, leave=False,
+            )
+            for documents, label in progress:
+                for document in documents:
+                    stream.write(document.astype(dtype, copy=False).tobytes())
+                lengths.append([len(document) for document in documents])
+                labels.append(label)
+        if not labels:
+            raise DataError(f"{reader.sources(part)[0]}: holds no example; fetch the data again")
+        lengths = np.array(lengths, dtype=np.int64)
+        # Copied under a header in one sweep: only now is the length that it states known.
+        tokens = np.lib.format.open_memmap(
+            half_done / "tokens.npy", mode="w+", dtype=dtype, shape=(int(lengths.sum()),)
+        )
+        tokens[:] = np.memmap(half_done / "stream", dtype=dtype, mode="r")
+        tokens.flush()
+        (half_done / "stream").unlink()
+        np.save(half_done / "lengths.npy", lengths)
+        np.save(half_done / "labels.npy", np.array(labels, dtype=np.int64))
+        write_json(half_done / "info.json", {"skipped": reader.skipped - skipped_before})
+        reader.skipped = skipped_before
+        try:
+            os.rename(half_done, folder)
+        except OSError:
+            if not folder.exists():  # else another process packed the same part meanwhile
+                raise
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
