@@ -115,7 +115,8 @@ def load_splits(reader: Reader) -> dict[str, PackedSplit]:
         splits["train"] = splits["train"].take(kept)
     for name, split in splits.items():
         if not len(split):
-            raise DataError(f"{reader.sources(reader.parts[0])[0]}: too few examples for a {name} split")
+            source = reader.sources(reader.parts[0])[0]
+            raise DataError(f"{source}: too few examples for a {name} split; fetch the data again")
     return {name: splits[name] for name in SPLITS}
 
 

@@ -193,7 +193,8 @@ def test_a_batch_is_trimmed_to_its_longest_sequence(data):
     assert torch.equal(batch.mask.sum(dim=1), torch.from_numpy(split.lengths[short, 0]))
     assert torch.equal(batch.tokens != 0, batch.mask)
     # The last sequence of the file: nothing lies behind it.
-    assert int((collate(split, np.array([199]), config, CPU).tokens != 0).sum()) == split.lengths[199]
+    final = collate(split, np.array([199]), config, CPU)
+    assert int((final.tokens != 0).sum()) == split.lengths[199]
 
 
 def test_a_batch_without_padding_has_no_mask(data):
