@@ -81,7 +81,7 @@ def localised_basis(
     Returns:
         (H, d, N) with N = num_memory_tokens + segment_len.
     Deviation: the paper does not publish how B starts. With a random start phi(R) is nearly
-        uniform and ListOps stays at the share of its most frequent answer for a thousand steps.
+        uniform, and singling out one token is a product of two small quantities.
     """
     index = torch.arange(head_dim + 1, dtype=torch.float64)  # one more: the last neuron has a gap
     geometric = segment_len ** (index / max(head_dim - 1, 1)) - 1  # 0 ... S - 1, and beyond

@@ -32,7 +32,8 @@ def main() -> int:
         print(f"run_train.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"run_train.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"run_train.py: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("run_train.py: interrupted", file=sys.stderr)
