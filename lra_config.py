@@ -149,13 +149,13 @@ class Config(BaseModel):
     dataset: Literal[tuple(TASKS)]
     data_dir: str = "datasets"
     download: bool = False  # fetch CIFAR-10 or IMDb when they are not there
-    max_seq_len: Size  # after padding to whole segments; default: the task table's
+    max_seq_len: Size  # after padding to whole segments; null: the task table's
     document_pair: Literal["joint", "separate"] = "joint"  # aan: one sequence, or one each
     embedding_path: str | None = None  # word level: pretrained vectors, GloVe's text format
     bucket_by_length: bool = False  # batches of like length: less padding, same epochs
 
     # Segments and memory
-    num_segments: Size  # T; default: the task table's (paper: one of 2, 4, 8, 16)
+    num_segments: Size  # T; null: the task table's (paper: one of 2, 4, 8, 16)
     num_memory_tokens: Count = 1  # M; 0 is the no-memory ablation
     astro_mem: bool = True  # retention factor on the memory (paper); false: all factors are one
     memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
@@ -198,14 +198,16 @@ class Config(BaseModel):
 
     # The run's folder and logging
     output_dir: str = "runs"
-    run_name: str  # default: <dataset>_<attention_type>_seed<seed>
+    run_name: str  # null: <dataset>_<attention_type>_seed<seed>
     wandb: bool = False
     wandb_project: str = "rmaat"
-    wandb_run_name: str | None = None  # default: run_name
+    wandb_run_name: str | None = None  # null: run_name
 
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        by_dataset = ("max_seq_len", "num_segments", "run_name")
+        values = {k: v for k, v in values.items() if v is not None or k not in by_dataset}
         values = {"attention_type": "astro", "seed": 0, **values}
         task = TASKS.get(values.get("dataset"))
         if task is not None:

@@ -1,4 +1,4 @@
-"""Gradients (BPTT and AMRB), the training loop and evaluation."""
+"""The training loop and evaluation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError, dump_config
 from lra_datasets import load_word_vectors, open_dataset
@@ -29,10 +29,8 @@ from plots import plot_curves
 from utils import (
     RunLog,
     atomic_write,
-    capture_rng,
     hardware,
     peak_memory_mib,
-    restored_rng,
     seed_everything,
     seed_step,
     start_wandb,
@@ -40,12 +38,10 @@ from utils import (
     write_json,
 )
 
-
-class StepResult(NamedTuple):
-    """What a backward pass leaves behind besides `.grad`."""
-
-    loss: Tensor  # () mean cross-entropy, in nats, detached
-    logits: Tensor  # (B, C), detached
+__all__ = [
+    "Interrupted", "Metrics", "StepResult", "Trainer", "amrb_backward", "bptt_backward", "evaluate",
+    "train",
+]
 
 
 class Metrics(NamedTuple):
@@ -62,76 +58,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"{signal.Signals(signal_number).name} at step {step}; checkpoint saved")
         self.exit_status = 128 + signal_number
-
-
-def bptt_backward(model: RMAAT, batch: Batch) -> StepResult:
-    """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
-
-    Args:
-        batch: tokens (B, L), mask (B, L) or None, labels (B,).
-    """
-    logits = model(batch.tokens, batch.mask)
-    loss = F.cross_entropy(logits, batch.labels)
-    loss.backward()
-    return StepResult(loss.detach(), logits.detach())
-
-
-def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
-    """Add the gradients of the mean loss to `.grad`, holding one segment's activations at a time.
-
-    The gradients are those of `bptt_backward`. The first pass keeps the T memories (B, M, D) that
-    enter the segments; the backward pass runs each segment again from its memory. The last
-    segment's first run is kept, so a step costs (4T - 1) / (3T) of BPTT's arithmetic.
-
-    Args:
-        batch: tokens (B, L), mask (B, L) or None, labels (B,).
-    Source: RMAAT, astrocytic memory replay backpropagation (PAPER 1.3).
-    """
-    device = batch.tokens.device
-    segments, mask = model.split(batch.tokens, batch.mask)
-    last = len(segments) - 1
-    initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
-    positions = model.positions()
-    # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
-    shared = None if positions is None else _leaf(positions)
-
-    def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, segment_mask = segments[index]
-        return model.segment(tokens, memory, index, segment_mask, shared)
-
-    replay_buffer, readouts = [], []
-    memory = initial_memory.detach()
-    with torch.no_grad():
-        for index in range(last):
-            # Dropout must draw the same masks in the replay: its random state is stored too.
-            replay_buffer.append((memory, capture_rng(device)))
-            memory, readout = run(index, memory)
-            readouts.append(readout)
-    memory_in = _leaf(memory)
-    memory_out, readout = run(last, memory_in)
-
-    readout_leaves = [_leaf(r) for r in [*readouts, readout]]  # each (B, D)
-    logits = model.head(model.combine(readout_leaves, mask))
-    loss = F.cross_entropy(logits, batch.labels)
-    loss.backward()
-
-    torch.autograd.backward(readout, readout_leaves[last].grad)
-    for index in reversed(range(last)):
-        memory_grad = memory_in.grad  # of mem_{t+1}, (B, M, D)
-        memory, rng_state = replay_buffer.pop()
-        memory_in = _leaf(memory)
-        with restored_rng(rng_state, device):
-            memory_out, readout = run(index, memory_in)
-        # One call for both paths: two would need the graph twice.
-        torch.autograd.backward([readout, memory_out], [readout_leaves[index].grad, memory_grad])
-    torch.autograd.backward(initial_memory, memory_in.grad)
-    if positions is not None:
-        torch.autograd.backward(positions, shared.grad)
-    return StepResult(loss.detach(), logits.detach())
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_batch, tiny_config
 
-import train
+import backprop
 from model import AstromorphicAttention, build_model
 from train import amrb_backward, bptt_backward
 
@@ -98,7 +98,7 @@ def test_without_the_stored_random_state_dropout_breaks_the_replay(monkeypatch):
     config = tiny_config(dropout=0.3)
     batch = tiny_batch(config)
     assert worst_difference(config, torch.float64, batch) <= TOLERANCE[torch.float64]
-    monkeypatch.setattr(train, "restored_rng", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(backprop, "restored_rng", lambda *_: contextlib.nullcontext())
     assert worst_difference(config, torch.float64, batch) > 1e-3
 
 

@@ -11,16 +11,16 @@ from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from astrocyte import retention_factors
-from lra_config import Config
-from model import (
+from attention import (
     ATTENTION,
     Attention,
     apply_position_kernel,
-    build_model,
     feature_map,
     inverse_calcium,
     localised_basis,
 )
+from lra_config import Config
+from model import build_model
 
 FLOAT64_TOLERANCE = 1e-10
 ATTENTIONS = ["astro", "softmax", "linear"]
