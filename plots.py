@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from utils import read_metrics
+from run_log import read_metrics
 
 
 def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
