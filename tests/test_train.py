@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, listops_dir):
     path = tmp_path / "run" / "last.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt"):
-        train(config, resume=True)
+        train(run_config(tmp_path, listops_dir, "run"), resume=True)
 
 
 def test_a_failed_write_keeps_the_previous_file(tmp_path):
