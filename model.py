@@ -48,7 +48,10 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, positions)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        M = self.attention.num_unfed_rows
+        unfed, x = x[:, :M], x[:, M:]
+        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return torch.cat([unfed, x], dim=1) if M else x
 
 
 class Segment(NamedTuple):
@@ -63,7 +66,8 @@ class RMAAT(nn.Module):
 
     The memory that leaves segment t, times its retention factor, enters segment t + 1. With other
     values of `attention_type`, `num_memory_tokens`, `num_segments` and `astro_mem` the same module
-    is RMT, RLT, AT, the Transformer or the linear Transformer (PAPER's compared systems).
+    is RMT, RLT, AT, the Transformer, the linear Transformer, Nystromformer or Luna: see
+    `configs/tables/`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -84,7 +88,8 @@ class RMAAT(nn.Module):
             self.position_table = nn.Parameter(0.02 * torch.randn(T * self.segment_len, config.dim))
         self.embedding_norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.memory = nn.Parameter(0.02 * torch.randn(config.num_memory_tokens, config.dim))
+        std = ATTENTION[config.attention_type].memory_std
+        self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         head_dim = config.dim if self.num_encoded == 1 else 4 * config.dim
         self.head = nn.Linear(head_dim, config.task.num_classes)
