@@ -368,14 +368,11 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
         raise ConfigError(_explain(error, source)) from None
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply overrides in order, validate.
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, not yet validated.
 
-    Args:
-        path: the YAML file.
-        overrides: `key=value` strings; the value is read as YAML.
     Raises:
-        ConfigError: a missing, unreadable or empty file, or any invalid key or value.
+        ConfigError: a missing, unreadable or empty file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -388,6 +385,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     not_text = [key for key in values if not isinstance(key, str)]
     if not_text:
         raise ConfigError(f"{path}: key {not_text[0]!r} is not a name")
+    return values
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides in order, validate.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` strings; the value is read as YAML.
+    Raises:
+        ConfigError: a missing, unreadable or empty file, or any invalid key or value.
+    """
+    values = read_mapping(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
