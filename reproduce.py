@@ -20,7 +20,6 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Any
 
 import published
 from lra_config import Config, ConfigError, dump_config, load_config, read_mapping
+from tables import Measured, ablation_table, accuracy_table, ratio_table
 from utils import atomic_write, write_json
 
 ROOT = Path(__file__).parent
@@ -61,7 +61,8 @@ class Interrupted(Exception):
     """A signal arrived; the child saved a checkpoint and ended."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"{signal.Signals(signal_number).name}; the same command goes on from here")
+        name = signal.Signals(signal_number).name
+        super().__init__(f"{name}; the same command goes on from here")
         self.exit_status = 128 + signal_number
 
 
@@ -106,7 +107,8 @@ class Cell:
 
     @property
     def place(self) -> Path:
-        return Path("reproduce", self.table, self.budget, self.task, self.system, f"seed{self.seed}")
+        folder = Path("reproduce", self.table, self.budget, self.task, self.system)
+        return folder / f"seed{self.seed}"
 
     @property
     def task_file(self) -> Path:
@@ -213,6 +215,7 @@ def store(cell: Cell, run_dir: Path, command: Sequence[str]) -> None:
     (folder / "summary.json").unlink(missing_ok=True)
     for name in ("metrics.jsonl", "curves.png"):
         shutil.copyfile(run_dir / name, folder / name)
+    # A resumed run keeps the file of its start, which may have meant to end earlier.
     with atomic_write(folder / "config.yaml", "w") as handle:
         handle.write(dump_config(load_config(run_dir / "config.yaml", ["stop_after_steps=null"])))
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -270,50 +273,6 @@ def run_benchmark(
     return int(error is not None)
 
 
-def difference(ours: float | None, theirs: float | None) -> float | None:
-    return None if ours is None or theirs is None else ours - theirs
-
-
-def ratio(value: float | None, reference: float | None) -> float | None:
-    return None if value is None or not reference else value / reference
-
-
-def number(value: float | None, form: str = ".1f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The finished runs of one cell, one per seed."""
-
-    summaries: list[dict[str, Any]]
-
-    def mean(self, key: str, scale: float = 1.0) -> float | None:
-        values = [scale * summary[key] for summary in self.summaries]
-        return statistics.mean(values) if values else None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Test accuracy in %."""
-        return self.mean("test_accuracy", 100)
-
-    def accuracy_text(self) -> str:
-        values = [100 * summary["test_accuracy"] for summary in self.summaries]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return number(self.accuracy) + spread
-
-    def counts(self) -> list[str]:
-        """Seeds and steps."""
-        steps = sorted({summary["steps"] for summary in self.summaries})
-        return [str(len(self.summaries) or ""), ", ".join(f"{n:,}" for n in steps)]
-
-
 def collect(cells: Iterable[Cell]) -> dict[tuple[str, str], Measured]:
     """What the results hold of the cells, by (task, system)."""
     done = finished_runs()
@@ -329,105 +288,19 @@ def collect(cells: Iterable[Cell]) -> dict[tuple[str, str], Measured]:
     return found
 
 
-def accuracy_table(found: Mapping[tuple[str, str], Measured]) -> str:
-    """Accuracy per task and system; with all tasks their average where no task is missing."""
-    rows = []
-    for (task, system), measured in found.items():
-        theirs = published.ACCURACY.get(system, {}).get(task)
-        rows.append([
-            published.TASKS[task], published.SYSTEMS[system], measured.accuracy_text(),
-            number(theirs), number(difference(measured.accuracy, theirs), "+.1f"),
-            *measured.counts(),
-        ])
-    if {task for task, _ in found} == set(published.TASKS):
-        for system in dict.fromkeys(system for _, system in found):
-            ours = average(found[task, system].accuracy for task in published.TASKS)
-            theirs = average(published.ACCURACY.get(system, {}).get(t) for t in published.TASKS)
-            rows.append([
-                "average", published.SYSTEMS[system], number(ours), number(theirs),
-                number(difference(ours, theirs), "+.1f"), "", "",
-            ])
-    header = ["task", "system", "ours, %", "published, %", "difference", "seeds", "steps"]
-    return markdown(header, rows)
-
-
-def average(values: Iterable[float | None]) -> float | None:
-    """The mean, or None where a value is missing."""
-    values = list(values)
-    return None if None in values else statistics.mean(values)
-
-
-def ablation_table(found: Mapping[tuple[str, str], Measured]) -> str:
-    """Accuracy per task and variant, and its change from RMAAT under the same budget."""
-    rows = []
-    for (task, variant), measured in found.items():
-        theirs = published.ABLATIONS.get(variant, {}).get(task)
-        base = found[task, "rmaat"].accuracy if (task, "rmaat") in found else None
-        rows.append([
-            published.TASKS[task], ablations(task)[variant][0], measured.accuracy_text(),
-            number(theirs), number(difference(measured.accuracy, theirs), "+.1f"),
-            number(difference(measured.accuracy, base), "+.1f"),
-            number(difference(theirs, published.ACCURACY["rmaat"][task]), "+.1f"),
-            number(measured.mean("peak_memory_mib"), ".0f"), *measured.counts(),
-        ])
-    return markdown(
-        ["task", "variant", "ours, %", "published, %", "difference", "ours - our RMAAT",
-         "published - its RMAAT", "process peak, MiB", "seeds", "steps"],
-        rows,
-    )
-
-
-def ratio_table(
-    measured: Sequence[Mapping[str, Any]], tasks: Iterable[str], *, value: str, unit: str,
-    figures: Mapping[str, Mapping[str, float | None]], figures_unit: str, reference: str,
-) -> str:
-    """Measurements at each task's length beside the published figures, as ratios to a system.
-
-    Args:
-        measured: rows of `benchmark.py`; the key `value` is shown.
-        figures: published, by system and task.
-        reference: the system that ratios are taken to: of the same length, and where it was
-            measured with several numbers of segments, of the same one.
-    """
-    rows = []
-    for task in tasks:
-        length = load_config(ROOT / "configs" / f"{task}.yaml").max_seq_len
-        here = [row for row in measured if row["seq_len"] == length]
-        absent = [{"system": s, "seq_len": length} for s in figures
-                  if s not in {row["system"] for row in here}]
-        for row in [*here, *absent]:
-            candidates = sorted(
-                (r for r in here if r["system"] == reference),
-                key=lambda r: r["num_segments"] != row.get("num_segments"),
-            )
-            ours = ratio(row.get(value), candidates[0][value] if candidates else None)
-            figure = figures.get(row["system"], {}).get(task)
-            theirs = ratio(figure, figures[reference][task])
-            rows.append([
-                published.TASKS[task], row["system"], f"{length:,}",
-                str(row.get("num_segments", "")), number(row.get(value), ",.0f"),
-                number(ours, ".2f"), number(figure, "g"), number(theirs, ".2f"),
-                number(difference(ours, theirs), "+.2f"),
-            ])
-    return markdown(
-        ["task", "system", "tokens", "segments", f"ours, {unit}", f"ours / {reference}",
-         f"published, {figures_unit}", f"published / {reference}", "difference of the ratios"],
-        rows,
-    )
-
-
 def measured_table(table: str, budget: str, device: str, tasks: Iterable[str]) -> str:
     """The table of `memory` or `throughput` from what the results hold."""
     path = benchmark_file(table, budget, device)
     content = json.loads(path.read_text()) if path.exists() else []
     rows = content["rows"] if isinstance(content, dict) else content
+    lengths = {t: load_config(ROOT / "configs" / f"{t}.yaml").max_seq_len for t in tasks}
     if table == "memory":
         return ratio_table(
-            rows, tasks, value="peak_mib", unit="MiB", figures=published.PEAK_GB,
+            rows, lengths, value="peak_mib", unit="MiB", figures=published.PEAK_GB,
             figures_unit="GB", reference="RMAAT, AMRB",
         )
     return ratio_table(
-        rows, tasks, value="tokens_per_second", unit="tokens/s", figures=published.THROUGHPUT,
+        rows, lengths, value="tokens_per_second", unit="tokens/s", figures=published.THROUGHPUT,
         figures_unit="x RMT", reference="RMT",
     )
 
@@ -505,10 +378,15 @@ def reproduce(arguments: argparse.Namespace) -> int:
         if not arguments.tables_only:
             failed = run_cells(cells, machine, dry_run=arguments.dry_run)
         found = collect(cells)
-        text = accuracy_table(found) if table == "accuracy" else ablation_table(found)
+        if table == "accuracy":
+            text = accuracy_table(found)
+        else:
+            labels = {(t, name): label for t in tasks for name, (label, _) in ablations(t).items()}
+            text = ablation_table(found, labels)
     if not arguments.dry_run:
         options = [word for word in sys.argv[1:] if word != "--tables_only"]
-        print(f"\n{CAPTIONS[table]}\n\n{text}\n\n{shlex.join(['python', 'reproduce.py', *options])}")
+        command = shlex.join(["python", "reproduce.py", *options])
+        print(f"\n{CAPTIONS[table]}\n\n{text}\n\n{command}")
     return failed
 
 
