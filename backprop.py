@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dataloader import Batch
 from model import RMAAT
-from utils import capture_rng, restored_rng
 
 
 class StepResult(NamedTuple):
@@ -43,24 +42,23 @@ def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
         batch: tokens (B, L), mask (B, L) or None, labels (B,).
     Source: RMAAT, astrocytic memory replay backpropagation (PAPER 1.3).
     """
-    device = batch.tokens.device
     segments, mask = model.split(batch.tokens, batch.mask)
     last = len(segments) - 1
     initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
     positions = model.positions()
     # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
     shared = None if positions is None else _leaf(positions)
+    seed = model.dropout_seed()  # one for both passes: the replay drops what the first pass dropped
 
     def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         tokens, segment_mask = segments[index]
-        return model.segment(tokens, memory, index, segment_mask, shared)
+        return model.segment(tokens, memory, index, segment_mask, shared, seed)
 
     replay_buffer, readouts = [], []
     memory = initial_memory.detach()
     with torch.no_grad():
         for index in range(last):
-            # Dropout must draw the same masks in the replay: its random state is stored too.
-            replay_buffer.append((memory, capture_rng(device)))
+            replay_buffer.append(memory)
             memory, readout = run(index, memory)
             readouts.append(readout)
     memory_in = _leaf(memory)
@@ -74,10 +72,8 @@ def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
     torch.autograd.backward(readout, readout_leaves[last].grad)
     for index in reversed(range(last)):
         memory_grad = memory_in.grad  # of mem_{t+1}, (B, M, D)
-        memory, rng_state = replay_buffer.pop()
-        memory_in = _leaf(memory)
-        with restored_rng(rng_state, device):
-            memory_out, readout = run(index, memory_in)
+        memory_in = _leaf(replay_buffer.pop())
+        memory_out, readout = run(index, memory_in)
         # One call for both paths: two would need the graph twice.
         torch.autograd.backward([readout, memory_out], [readout_leaves[index].grad, memory_grad])
     torch.autograd.backward(initial_memory, memory_in.grad)

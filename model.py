@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
+from dropout import derive_keys, draw_seed, dropout
 from lra_config import PADDING_ID, Config
 from utils import sinusoidal_positions
 
@@ -33,24 +34,31 @@ __all__ = [
 class EncoderLayer(nn.Module):
     """Attention and feed-forward blocks, each with a residual and a layer norm behind it."""
 
+    NUM_KEYS = 3  # dropout masks that one call draws
+
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.attention = ATTENTION[config.attention_type](config)
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.ffn_dim, config.dim),
-        )
+        self.expand = nn.Linear(config.dim, config.ffn_dim)
+        self.contract = nn.Linear(config.ffn_dim, config.dim)
         self.feed_forward_norm = nn.LayerNorm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, positions)))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        keys: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Encode x (B, N, D); the keys decide the dropout masks, None drops nothing."""
+        attended = dropout(self.attention(x, mask, positions), self.dropout, keys[0])
+        x = self.attention_norm(x + attended)
         M = self.attention.num_unfed_rows
         unfed, x = x[:, :M], x[:, M:]
-        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        hidden = dropout(F.gelu(self.expand(x)), self.dropout, keys[1])  # (B, N, ffn_dim)
+        x = self.feed_forward_norm(x + dropout(self.contract(hidden), self.dropout, keys[2]))
         return torch.cat([unfed, x], dim=1) if M else x
 
 
@@ -79,7 +87,8 @@ class RMAAT(nn.Module):
         self.precision = config.precision
         self.position_embedding = config.position_embedding
         T = config.num_segments // self.num_encoded
-        self.retention_factors = retention_factors(T).tolist() if config.astro_mem else [1.0] * T
+        factors = retention_factors(T) if config.astro_mem else torch.ones(T, dtype=torch.float64)
+        self.register_buffer("retention_factors", factors, persistent=False)
 
         self.token_embedding = nn.Embedding(
             config.task.tokenizer.vocab_size, config.dim, padding_idx=PADDING_ID
@@ -87,7 +96,7 @@ class RMAAT(nn.Module):
         if self.position_embedding == "learned":
             self.position_table = nn.Parameter(0.02 * torch.randn(T * self.segment_len, config.dim))
         self.embedding_norm = nn.LayerNorm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         std = ATTENTION[config.attention_type].memory_std
         self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
@@ -105,13 +114,13 @@ class RMAAT(nn.Module):
         Raises:
             ValueError: L is 0 or exceeds `max_seq_len`, or the mask has another shape.
         """
-        positions = self.positions()
+        positions, seed = self.positions(), self.dropout_seed()
         segments, mask = self.split(tokens, mask)
         memory = self.initial_memory(len(segments[0].tokens))
         readouts = []
         for index, segment in enumerate(segments):
             memory, readout = self.segment(
-                segment.tokens, memory, index, segment.mask, positions
+                segment.tokens, memory, index, segment.mask, positions, seed
             )
             readouts.append(readout)
         return self.head(self.combine(readouts, mask))
@@ -162,6 +171,10 @@ class RMAAT(nn.Module):
         """mem_1, the learned first memory, (B, M, D)."""
         return self.memory.expand(batch_size, -1, -1)
 
+    def dropout_seed(self) -> Tensor | None:
+        """The seed () of one step's dropout masks; None where nothing is dropped."""
+        return draw_seed(self.memory.device) if self.training and self.dropout else None
+
     def segment(
         self,
         tokens: Tensor,
@@ -169,8 +182,9 @@ class RMAAT(nn.Module):
         index: int,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode one segment. Pure: the same arguments and random state give the same result.
+        """Encode one segment. Pure: the same arguments give the same result.
 
         Args:
             tokens: (B, S) integer ids; fewer than S columns stand for a shorter last segment.
@@ -178,41 +192,73 @@ class RMAAT(nn.Module):
             index: t, counted from 0.
             mask: (B, S) bool, True at real tokens; None if nothing is padded.
             positions: what `positions()` returned; None computes them here.
+            seed: what `dropout_seed()` returned; None draws one here, if any is needed.
         Returns:
             mem_{t+1} (B, M, D) and the segment's share of the read-out (B, D). A sample without a
             real token here keeps its memory and adds zero.
         """
         if positions is None:
             positions = self.positions()
+        if seed is None:
+            seed = self.dropout_seed()
+        keys = None
+        if seed is not None:
+            count = 1 + EncoderLayer.NUM_KEYS * len(self.layers)
+            keys = derive_keys(seed, index * count, count)
+        embedding = self._position_embedding(index, tokens.shape[1])
         with self.autocast(tokens.device):
-            M = memory.shape[1]
-            x = torch.cat([memory, self.embed(tokens, index).to(memory.dtype)], dim=1)  # (B, N, D)
-            rows = None if mask is None else F.pad(mask, (M, 0), value=True)  # (B, N)
-            if positions is None:
-                terms = [None] * len(self.layers)
-            else:
-                terms = positions[:, :, : x.shape[1]].unbind(0)  # (H, N, d) each
-            for layer, layer_terms in zip(self.layers, terms, strict=True):
-                x = layer(x, rows, layer_terms)
-            memory_out = x[:, :M].to(memory.dtype)
-            readout = self._read_out(memory_out, x[:, M:], mask)
-        next_memory = self.retention_factors[index] * memory_out
+            return self.encode(
+                tokens, memory, mask, positions, embedding, self.retention_factors[index], keys
+            )
+
+    def encode(
+        self,
+        tokens: Tensor,
+        memory: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        position_embedding: Tensor | None,
+        retention_factor: Tensor,
+        keys: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`segment` without its index: one compiled form serves all segments.
+
+        Args:
+            position_embedding: (S, D) or None.
+            retention_factor: ().
+            keys: of the dropout masks, the embedding's and then each layer's; None drops nothing.
+        """
+        K = EncoderLayer.NUM_KEYS
+        embed_key, *layer_keys = [None] * (1 + K * len(self.layers)) if keys is None else keys
+        M = memory.shape[1]
+        x = self.token_embedding(tokens)  # (B, S, D)
+        if position_embedding is not None:
+            x = x + position_embedding
+        x = dropout(self.embedding_norm(x), self.dropout, embed_key)
+        x = torch.cat([memory, x.to(memory.dtype)], dim=1)  # (B, N, D)
+        rows = None if mask is None else F.pad(mask, (M, 0), value=True)  # (B, N)
+        for i, layer in enumerate(self.layers):
+            terms = None if positions is None else positions[i, :, : x.shape[1]]  # (H, N, d)
+            x = layer(x, rows, terms, layer_keys[K * i : K * (i + 1)])
+        memory_out = x[:, :M].to(memory.dtype)
+        readout = self._read_out(memory_out, x[:, M:], mask)
+        next_memory = retention_factor * memory_out
         if mask is not None:
             active = mask.any(dim=1)
             next_memory = torch.where(active[:, None, None], next_memory, memory)
             readout = readout * active[:, None]
         return next_memory, readout
 
-    def embed(self, tokens: Tensor, index: int) -> Tensor:
-        """Token and position embeddings of segment `index`, normalised, (B, S, D)."""
-        x = self.token_embedding(tokens)
-        start, S = index * self.segment_len, tokens.shape[1]
+    def _position_embedding(self, index: int, length: int) -> Tensor | None:
+        """Position embeddings (length, D) of the first tokens of segment `index`."""
+        start = index * self.segment_len
         if self.position_embedding == "learned":
-            x = x + self.position_table[start : start + S]
-        elif self.position_embedding == "sinusoidal":
-            at = torch.arange(start, start + S, device=x.device)
-            x = x + sinusoidal_positions(at, x.shape[-1], x.dtype)
-        return self.dropout(self.embedding_norm(x))
+            return self.position_table[start : start + length]
+        if self.position_embedding == "sinusoidal":
+            weight = self.token_embedding.weight
+            at = torch.arange(start, start + length, device=weight.device)
+            return sinusoidal_positions(at, weight.shape[1], weight.dtype)
+        return None
 
     def _read_out(self, memory_out: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, D): the sum (`mean`) or mean (`last`) of the real rows, or the memory's mean."""

@@ -48,30 +48,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def capture_rng(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The random state that dropout on `device` draws from."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
-
-
-@contextlib.contextmanager
-def restored_rng(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Run a block from a captured random state, and continue from the present one after it."""
-    present = capture_rng(device)
-    _set_rng(state, device)
-    try:
-        yield
-    finally:
-        _set_rng(present, device)
-
-
-def _set_rng(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
-
-
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears under its name whole, or not at all.

@@ -1,0 +1,46 @@
+"""Dropout whose mask is a function of a seed, so that a replay draws what the first pass drew.
+
+No generator is involved: eager code, torch.compile and CUDA graphs draw the same masks, and AMRB
+stores nothing to repeat them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = 32
+_MASK = 2**_BITS - 1
+_MULTIPLIER = 0x45D9F3B  # below 2**31: its product with 32 bits stays inside int64
+
+
+def mix(x: Tensor) -> Tensor:
+    """Scramble 32-bit integers held in int64, a bijection (an xor-shift-multiply hash)."""
+    x = ((x >> 16) ^ x) * _MULTIPLIER & _MASK
+    x = ((x >> 16) ^ x) * _MULTIPLIER & _MASK
+    return (x >> 16) ^ x
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed () int64 from torch's global random state of `device`."""
+    return torch.randint(2**_BITS, (), device=device)
+
+
+def derive_keys(seed: Tensor, first: int, count: int) -> Tensor:
+    """Keys (count,) int64 of the places `first`, `first + 1`, ... under one seed ()."""
+    places = torch.arange(first, first + count, device=seed.device)
+    return mix(mix(places) ^ seed)
+
+
+def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
+    """Zero each element of x with probability p and scale the others by 1 / (1 - p).
+
+    Args:
+        x: any shape, fewer than 2**32 elements.
+        key: () int64 that decides the mask; None leaves x as it is.
+    """
+    if key is None:
+        return x
+    counter = torch.arange(x.numel(), device=x.device).view(x.shape)
+    keep = mix(counter ^ key) >= round(p * 2**_BITS)
+    return x * keep * (1 / (1 - p))
