@@ -174,7 +174,7 @@ class Config(BaseModel):
     memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
 
     # Encoder
-    attention_type: Literal["astro", "softmax", "linear"] = "astro"
+    attention_type: Literal["astro", "softmax", "linear", "nystrom", "luna"] = "astro"
     dim: Size = 64
     num_layers: Size = 2
     num_heads: Size = 2
@@ -192,6 +192,11 @@ class Config(BaseModel):
     decay_scale: NonNegative = 1.0  # of the position kernel, per token; unpublished
     position_basis: Literal["localised", "random"] = "localised"  # start of B; unpublished
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
+
+    # attention_type: nystrom
+    nystrom_landmarks: Size = 64
+    nystrom_iterations: Size = 6  # of the pseudo-inverse
+    nystrom_conv: Count = 35  # width of the convolution over the values, odd; 0: off
 
     # Optimization
     batch_size: Size = 32
@@ -247,7 +252,8 @@ class Config(BaseModel):
                 "num_segments"
             )
         documents = self.task.num_documents
-        if self.num_segments % documents:
+        one_for_both = self.num_segments == 1 and self.document_pair == "joint"
+        if self.num_segments % documents and not one_for_both:
             raise ValueError(
                 f"num_segments={self.num_segments} does not give each of the {documents} "
                 f"documents of {self.dataset} whole segments; use a multiple of {documents}"
@@ -280,6 +286,15 @@ class Config(BaseModel):
             raise ValueError(
                 "pooling=memory reads the memory tokens, and num_memory_tokens=0; "
                 "set num_memory_tokens to 1 or more, or pooling to mean or last"
+            )
+        if self.attention_type == "luna" and not self.num_memory_tokens:
+            raise ValueError(
+                "attention_type=luna packs the sequence into the memory tokens, and "
+                "num_memory_tokens=0; set it to 1 or more (Luna-256: 256)"
+            )
+        if self.nystrom_conv and self.nystrom_conv % 2 == 0:
+            raise ValueError(
+                f"nystrom_conv={self.nystrom_conv} has no middle; use an odd width, or 0 for none"
             )
         if not re.fullmatch(r"[\w.+-]+", self.run_name) or self.run_name in {".", ".."}:
             raise ValueError(
@@ -368,8 +383,8 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
         raise ConfigError(_explain(error, source)) from None
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, not validated.
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, not yet validated.
 
     Raises:
         ConfigError: the file is missing, unreadable or holds no mapping.
@@ -435,7 +450,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a missing, unreadable or empty file, or any invalid key or value.
     """
-    return make_config({**read_config_file(path), **single_values(overrides)}, str(path))
+    return make_config({**read_mapping(path), **single_values(overrides)}, str(path))
 
 
 def dump_config(config: Config) -> str:

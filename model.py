@@ -58,8 +58,11 @@ class EncoderLayer(nn.Module):
         """Encode x (B, N, D); the keys decide the dropout masks, None drops nothing."""
         attended = dropout(self.attention(x, mask, positions), self.dropout, keys[0])
         x = self.attention_norm(x + attended)
+        M = self.attention.num_unfed_rows
+        unfed, x = x[:, :M], x[:, M:]
         hidden = dropout(F.gelu(self.expand(x)), self.dropout, keys[1])  # (B, N, ffn_dim)
-        return self.feed_forward_norm(x + dropout(self.contract(hidden), self.dropout, keys[2]))
+        x = self.feed_forward_norm(x + dropout(self.contract(hidden), self.dropout, keys[2]))
+        return torch.cat([unfed, x], dim=1) if M else x
 
 
 class Segment(NamedTuple):
@@ -76,7 +79,8 @@ class RMAAT(
 
     The memory that leaves segment t, times its retention factor, enters segment t + 1. With other
     values of `attention_type`, `num_memory_tokens`, `num_segments` and `astro_mem` the same module
-    is RMT, RLT, AT, the Transformer or the linear Transformer (PAPER's compared systems).
+    is RMT, RLT, AT, the Transformer, the linear Transformer, Nystromformer or Luna: see
+    `configs/tables/`.
 
     `from_pretrained(folder or name on the Hugging Face Hub)` reads a finished run's weights,
     `save_pretrained(folder)` and `push_to_hub(name)` write them.
@@ -109,7 +113,8 @@ class RMAAT(
             self.position_table = nn.Parameter(0.02 * torch.randn(T * self.segment_len, config.dim))
         self.embedding_norm = nn.LayerNorm(config.dim)
         self.dropout = config.dropout
-        self.memory = nn.Parameter(0.02 * torch.randn(config.num_memory_tokens, config.dim))
+        std = ATTENTION[config.attention_type].memory_std
+        self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         head_dim = config.dim if self.num_encoded == 1 else 4 * config.dim
         self.head = nn.Linear(head_dim, config.task.num_classes)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lra_config import Config, ConfigError, make_config, parse_overrides, read_config_file
+from lra_config import Config, ConfigError, make_config, parse_overrides, read_mapping
 from train import Summary, train
 
 COLUMNS = {"test accuracy, %": "test_accuracy", "best validation accuracy, %": "best_val_accuracy"}
@@ -29,7 +29,7 @@ def load_runs(path: str | Path, overrides: Sequence[str]) -> tuple[list[Config],
     Raises:
         ConfigError: any of them is invalid, or two of them would share a folder.
     """
-    base, parsed = read_config_file(path), parse_overrides(overrides)
+    base, parsed = read_mapping(path), parse_overrides(overrides)
     varied = [key for key, values in parsed.items() if len(values) > 1]
     configs = []
     for chosen in itertools.product(*parsed.values()):

@@ -21,6 +21,7 @@ TINY = {
     "dataset": "listops", "max_seq_len": 40, "num_segments": 4, "dim": 16, "num_heads": 2,
     "ffn_dim": 24, "batch_size": 8, "max_steps": 12, "warmup_steps": 3, "eval_interval": 5,
     "log_interval": 2, "checkpoint_interval": 4, "device": "cpu",
+    "nystrom_landmarks": 4, "nystrom_conv": 3,  # fewer landmarks than rows
 }
 
 

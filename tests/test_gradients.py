@@ -41,9 +41,10 @@ def worst_difference(config, dtype, batch) -> float:
 CASES = [
     pytest.param(attention, pooling, T, M, id=f"{attention}-{pooling}-T{T}-M{M}")
     for attention, pooling, T, M in itertools.product(
-        ["astro", "softmax", "linear"], ["mean", "last", "memory"], [1, 2, 4, 16], [0, 1, 4]
+        ["astro", "softmax", "linear", "nystrom", "luna"], ["mean", "last", "memory"],
+        [1, 2, 4, 16], [0, 1, 4],
     )
-    if not (pooling == "memory" and M == 0)
+    if M or not (pooling == "memory" or attention == "luna")
 ]
 
 
@@ -59,7 +60,7 @@ def test_amrb_gradients_equal_bptt(attention, pooling, T, M):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("attention", ["astro", "softmax", "linear"])
+@pytest.mark.parametrize("attention", ["astro", "softmax", "linear", "nystrom", "luna"])
 def test_amrb_gradients_equal_bptt_in_float32(attention, dropout):
     config = tiny_config(max_seq_len=48, attention_type=attention, num_segments=8, dropout=dropout)
     batch = tiny_batch(config, LENGTHS)

@@ -17,13 +17,15 @@ from attention import (
     apply_position_kernel,
     feature_map,
     inverse_calcium,
+    landmark_runs,
     localised_basis,
+    pseudo_inverse,
 )
 from lra_config import Config
 from model import build_model
 
 FLOAT64_TOLERANCE = 1e-10
-ATTENTIONS = ["astro", "softmax", "linear"]
+ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
 POOLINGS = ["mean", "last", "memory"]
 
 
@@ -38,6 +40,8 @@ def double_model(config: Config, seed: int = 0):
 
 def dense_reference(attention: Attention, config: Config, x, mask, positions) -> torch.Tensor:
     """Attention as an explicit N x N weighting of the values, one head and sample at a time."""
+    if config.attention_type == "luna":
+        return dense_luna(attention, config, x, mask)
     B, N, D = x.shape
     d = D // config.num_heads
     q, k, v = (x @ w.T for w in attention.to_qkv.weight.split(D))
@@ -50,6 +54,11 @@ def dense_reference(attention: Attention, config: Config, x, mask, positions) ->
         if config.attention_type == "softmax":
             scores = (qh @ kh.T / math.sqrt(d)).masked_fill(~keep[b], -math.inf)
             heads = scores.softmax(dim=1) @ vh
+        elif config.attention_type == "nystrom":
+            heads = torch.zeros_like(vh)  # of the real rows, padding cut out of the sample
+            heads[keep[b]] = dense_nystrom(
+                attention, h, qh[keep[b]], kh[keep[b]], vh[keep[b]], config
+            )
         else:
             phi_q, phi_k = feature_map(qh), feature_map(kh)
             weights = phi_q @ phi_k.T * real  # (N, N)
@@ -71,6 +80,63 @@ def dense_reference(attention: Attention, config: Config, x, mask, positions) ->
     return attention.to_out(out)
 
 
+def dense_nystrom(attention: Attention, h: int, q, k, v, config: Config) -> torch.Tensor:
+    """One head and sample without padding: the N x N matrix F Z B plus the band of the kernel."""
+    n = len(q)
+    count = min(n, config.nystrom_landmarks)
+    bounds = [-(-j * n // count) for j in range(count + 1)]
+    means = torch.zeros(count, n, dtype=q.dtype)
+    for j, (start, end) in enumerate(itertools.pairwise(bounds)):
+        means[j, start:end] = 1 / (end - start)
+
+    def softmax(a, b):
+        return (a @ b.T / math.sqrt(q.shape[1])).softmax(dim=1)
+
+    middle = softmax(means @ q, means @ k)
+    inverse = middle.T / middle.sum(dim=0).max() / middle.sum(dim=1).max()
+    for _ in range(config.nystrom_iterations):
+        product = middle @ inverse
+        powers = [torch.linalg.matrix_power(product, power) for power in range(4)]
+        inverse = inverse @ sum(
+            c * power for c, power in zip((13, -15, 7, -1), powers, strict=True)
+        ) / 4
+    weights = softmax(q, means @ k) @ inverse @ softmax(means @ q, k)  # (N, N)
+    if config.nystrom_conv:
+        kernel = attention.convolution.weight[h, 0, :, 0]
+        middle_tap = len(kernel) // 2
+        for i, j in itertools.product(range(n), range(n)):
+            if abs(i - j) <= middle_tap:
+                band = torch.zeros_like(weights)
+                band[i, j] = 1
+                weights = weights + band * kernel[j - i + middle_tap]
+    return weights @ v
+
+
+def dense_luna(attention: Attention, config: Config, x, mask) -> torch.Tensor:
+    """Luna one head and sample at a time, the padded rows cut out."""
+    B, N, D = x.shape
+    M, d = config.num_memory_tokens, D // config.num_heads
+    w_q, w_k, w_v = attention.to_qkv.weight.split(D)
+    packed_k, packed_v = attention.to_packed_kv.weight.split(D)
+    out = torch.zeros_like(x)
+
+    def attend(q, k, v):  # (., D) each
+        heads = [
+            (qh @ kh.T / math.sqrt(d)).softmax(dim=1) @ vh
+            for qh, kh, vh in zip(q.split(d, 1), k.split(d, 1), v.split(d, 1), strict=True)
+        ]
+        return torch.cat(heads, dim=1)
+
+    for b in range(B):
+        rows = torch.arange(M, N) if mask is None else mask[b].nonzero()[M:, 0]
+        memory, tokens = x[b, :M], x[b, rows]
+        packed = attend(memory @ w_q.T, tokens @ w_k.T, tokens @ w_v.T)
+        unpacked = attend(tokens @ w_q.T, packed @ packed_k.T, packed @ packed_v.T)
+        out[b, :M] = packed
+        out[b, rows] = attention.to_out(unpacked)
+    return out
+
+
 VARIANTS = [
     {"attention_type": "astro"},
     {"attention_type": "astro", "hebbian_astro": False},
@@ -82,6 +148,10 @@ VARIANTS = [
     {"attention_type": "astro", "position_basis": "random", "decay_scale": 0.1},
     {"attention_type": "softmax"},
     {"attention_type": "linear"},
+    {"attention_type": "nystrom", "nystrom_landmarks": 5, "nystrom_conv": 3},
+    {"attention_type": "nystrom", "nystrom_landmarks": 9, "nystrom_conv": 0},
+    {"attention_type": "nystrom"},
+    {"attention_type": "luna"},
 ]
 
 
@@ -108,6 +178,56 @@ def test_attention_equals_its_dense_form_in_outputs_and_gradients(variant, padde
         results.append([loss, *torch.autograd.grad(loss, tensors)])
     for actual, expected in zip(*results, strict=True):
         close(actual, expected)
+
+
+def test_nystrom_with_a_landmark_per_row_is_softmax_attention():
+    """F A^+ B is then A A^+ A: the softmax matrix, once the iteration has converged."""
+    nystrom = tiny_config(
+        attention_type="nystrom", nystrom_landmarks=16, nystrom_conv=0, nystrom_iterations=25
+    )
+    softmax = tiny_config(attention_type="softmax")
+    torch.manual_seed(0)
+    approximate = ATTENTION["nystrom"](nystrom).double()
+    with torch.no_grad():
+        approximate.to_qkv.weight.mul_(4)  # scores of the order of one: A is far from singular
+    exact = ATTENTION["softmax"](softmax).double()
+    exact.load_state_dict(approximate.state_dict())
+    x = torch.randn(2, 10, 16, dtype=torch.float64)
+    mask = torch.arange(10) < torch.tensor([[10], [6]])
+    close(approximate(x, mask)[mask], exact(x, mask)[mask], 1e-6)
+
+
+def test_landmark_runs_split_the_real_rows_evenly_wherever_they_are():
+    real = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)) < 0.6
+    real[4], real[5] = False, torch.arange(50) < 3
+    runs = landmark_runs(real, 8)
+    assert torch.equal(runs.any(dim=2), real)
+    sizes = runs.sum(dim=1)
+    assert (sizes[:4].amax(1) - sizes[:4].amin(1) <= 1).all()
+    assert not sizes[4].any() and sizes[5].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    for sample, rows in zip(runs, real, strict=True):
+        order = sample[rows].int().argmax(dim=1)
+        assert (order.diff() >= 0).all()
+
+
+def test_the_pseudo_inverse_is_that_of_moore_and_penrose():
+    torch.manual_seed(0)
+    matrix = (3 * torch.randn(4, 6, 6, dtype=torch.float64)).softmax(dim=-1)
+    matrix[1, 4:], matrix[1, :, 4:] = 0, 0  # a sample with fewer landmarks
+    matrix[2] *= 1e-3  # each matrix is scaled on its own
+    close(pseudo_inverse(matrix, 30), torch.linalg.pinv(matrix), 1e-6)
+    assert pseudo_inverse(matrix.bfloat16(), 6).dtype == torch.float32
+
+
+def test_luna_spares_its_packed_rows_the_feed_forward_block():
+    config = tiny_config(attention_type="luna", num_memory_tokens=3)
+    layer = double_model(config).layers[0]
+    seen = []
+    layer.feed_forward_norm.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0]))
+    x = torch.randn(2, 13, config.dim, dtype=torch.float64)
+    y = layer(x, None, None, [None] * layer.NUM_KEYS)
+    assert seen[0].shape == (2, 10, config.dim)
+    close(y[:, :3], layer.attention_norm(x + layer.attention(x, None))[:, :3])
 
 
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300])
@@ -138,12 +258,12 @@ def test_localised_neurons_peak_at_their_own_places():
     assert localised_basis(1, 1, 0, 1).shape == (1, 1, 1)
 
 
-@pytest.mark.parametrize("attention_type", ["astro", "linear"])
+@pytest.mark.parametrize("attention_type", ["astro", "linear", "nystrom", "luna"])
 def test_cost_is_linear_in_the_segment_length(attention_type):
     def flops(segment_len: int) -> int:
         config = tiny_config(
             attention_type=attention_type, max_seq_len=segment_len, num_segments=1,
-            num_memory_tokens=0, dim=32,
+            num_memory_tokens=int(attention_type == "luna"), dim=32, nystrom_landmarks=8,
         )
         model = build_model(config)
         with FlopCounterMode(display=False) as counter:
@@ -197,6 +317,20 @@ def test_a_sequence_without_a_real_token_pools_to_zero(attention_type, pooling):
 
 
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_rows_of_padding_alone_leave_everything_finite(attention_type):
+    memory_tokens = int(attention_type == "luna")
+    config = tiny_config(attention_type=attention_type, num_memory_tokens=memory_tokens)
+    attention = ATTENTION[attention_type](config)
+    x = torch.randn(2, 10 + memory_tokens, config.dim, requires_grad=True)
+    mask = torch.zeros(2, 10 + memory_tokens, dtype=torch.bool)
+    mask[0], mask[:, :memory_tokens] = True, True
+    y = attention(x, mask, attention.positions() if attention.has_positions else None)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in (x, *attention.parameters()))
+
+
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
 def test_an_empty_segment_leaves_the_memory_as_it_was(attention_type):
     config = tiny_config(attention_type=attention_type)
     model = double_model(config)
@@ -218,8 +352,9 @@ def test_samples_do_not_see_each_other(attention_type):
     close(model(batch.tokens[order], batch.mask[order]), model(batch.tokens, batch.mask)[order])
 
 
-@pytest.mark.parametrize("memory_tokens", [0, 1, 4])
-@pytest.mark.parametrize("attention_type", ATTENTIONS)
+@pytest.mark.parametrize(("attention_type", "memory_tokens"), [
+    pair for pair in itertools.product(ATTENTIONS, [0, 1, 4]) if pair != ("luna", 0)
+])
 def test_only_the_memory_joins_segments(attention_type, memory_tokens):
     config = tiny_config(
         attention_type=attention_type, num_memory_tokens=memory_tokens, pooling="last"
