@@ -169,14 +169,19 @@ class AstromorphicAttention(Attention):
             response = response * inverse_calcium(q, k, self.alpha).to(response.dtype)
         return self.merge(response)
 
+    def calcium(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """C of the rows x (B, N, D), (B, H, N, 1); `forward` needs its inverse alone."""
+        q, k, _ = self.project(x)
+        return calcium_response(feature_map(q), mask_rows(feature_map(k), mask), self.alpha)
 
-def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
-    """P = 1 / C of the calcium response C = phi(Q) g^T, g = (sum_t phi(k_t))^alpha.
+
+def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
+    """C = phi(Q) g^T with g = (sum_t phi(k_t))^alpha.
 
     Args:
         q, k: phi(Q) and phi(K), (B, H, N, d); k is zero at padding.
     Returns:
-        (B, H, N, 1), at least float32; 0 where C is 0, with zero gradient.
+        (B, H, N, 1), at least float32.
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -184,9 +189,14 @@ def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
         # Both sides of a `where` are differentiated: replace the 0 before its power is taken.
         positive = total > 0
         presynaptic = torch.where(positive, total, 1).pow(alpha) * positive  # g
-        calcium = q.to(dtype) @ presynaptic[..., None]  # C, (B, H, N, 1)
-        nonzero = calcium != 0
-        return torch.where(nonzero, calcium, 1).reciprocal() * nonzero
+        return q.to(dtype) @ presynaptic[..., None]
+
+
+def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
+    """P = 1 / C of `calcium_response`, 0 where C is 0, with zero gradient."""
+    calcium = calcium_response(q, k, alpha)
+    nonzero = calcium != 0
+    return torch.where(nonzero, calcium, 1).reciprocal() * nonzero
 
 
 class LinearAttention(Attention):

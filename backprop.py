@@ -19,19 +19,20 @@ class StepResult(NamedTuple):
     logits: Tensor  # (B, C), detached
 
 
-def bptt_backward(model: RMAAT, batch: Batch) -> StepResult:
+def bptt_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> StepResult:
     """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
 
     Args:
         batch: tokens (B, L), mask (B, L) or None, labels (B,).
+        scale: factor on the gradients, for accumulation and for float16.
     """
     logits = model(batch.tokens, batch.mask)
     loss = F.cross_entropy(logits, batch.labels)
-    loss.backward()
+    (scale * loss).backward()
     return StepResult(loss.detach(), logits.detach())
 
 
-def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
+def amrb_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> StepResult:
     """Add the gradients of the mean loss to `.grad`, holding one segment's activations at a time.
 
     The gradients are those of `bptt_backward`. The first pass keeps the T memories (B, M, D) that
@@ -40,6 +41,7 @@ def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
 
     Args:
         batch: tokens (B, L), mask (B, L) or None, labels (B,).
+        scale: factor on the gradients, for accumulation and for float16.
     Source: RMAAT, astrocytic memory replay backpropagation (PAPER 1.3).
     """
     segments, mask = model.split(batch.tokens, batch.mask)
@@ -67,7 +69,7 @@ def amrb_backward(model: RMAAT, batch: Batch) -> StepResult:
     readout_leaves = [_leaf(r) for r in [*readouts, readout]]  # each (B, D)
     logits = model.head(model.combine(readout_leaves, mask))
     loss = F.cross_entropy(logits, batch.labels)
-    loss.backward()
+    (scale * loss).backward()
 
     torch.autograd.backward(readout, readout_leaves[last].grad)
     for index in reversed(range(last)):

@@ -22,7 +22,8 @@ import torch
 from dataloader import Batch
 from lra_config import Config, make_config
 from model import build_model
-from train import amrb_backward, bptt_backward, build_optimizer
+from optimization import build_optimizer
+from train import amrb_backward, bptt_backward
 from utils import versions, write_json
 
 WARMUP_STEPS, TIMED_STEPS = 1, 3

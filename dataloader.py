@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed import ALONE, Processes
 from lra_config import PADDING_ID, Config, ConfigError
 from packing import PackedSplit
 
@@ -30,16 +31,25 @@ class Batch(NamedTuple):
 
 
 def collate(
-    split: PackedSplit, rows: np.ndarray, config: Config, device: torch.device
+    split: PackedSplit,
+    rows: np.ndarray,
+    config: Config,
+    device: torch.device,
+    *,
+    whole_segments: bool = False,
 ) -> Batch:
     """Gather the examples `rows` (B,) of a packed split into one batch, padded to the longest.
+
+    It is padded further to a multiple of `TRIM_TOKENS`, or to whole segments where few shapes
+    matter more (compilation, CUDA graphs).
 
     A pair of documents stands in one row of tokens. Encoded jointly, the second begins at the
     fixed column `document_len`; encoded apart, both halves are as long as the longest document.
     """
     starts, lengths = split.starts[rows], split.lengths[rows]  # (B, K)
     K = lengths.shape[1]
-    multiple = math.gcd(config.segment_len, TRIM_TOKENS)
+    S = config.segment_len
+    multiple = S if whole_segments else math.gcd(S, TRIM_TOKENS)
     longest = lengths.max(axis=0)  # (K,)
     if config.num_encoded == K:
         longest[:] = width = max(-(-longest.max() // multiple), 1) * multiple
@@ -67,7 +77,9 @@ def collate(
     )
 
 
-def epoch_batches(split: PackedSplit, config: Config, epoch: int) -> np.ndarray:
+def epoch_batches(
+    split: PackedSplit, config: Config, epoch: int, batch_size: int | None = None
+) -> np.ndarray:
     """The rows (batches, batch_size) of one epoch; what does not fill a batch is left out.
 
     With `bucket_by_length` the shuffled rows are sorted by length inside windows of
@@ -75,7 +87,7 @@ def epoch_batches(split: PackedSplit, config: Config, epoch: int) -> np.ndarray:
     """
     random = np.random.default_rng([config.seed, epoch])
     rows = random.permutation(len(split))
-    B = config.batch_size
+    B = batch_size or config.batch_size
     if config.bucket_by_length:
         lengths = split.lengths.max(axis=1)
         window = B * BUCKET_BATCHES
@@ -88,30 +100,50 @@ def epoch_batches(split: PackedSplit, config: Config, epoch: int) -> np.ndarray:
 
 
 def training_batches(
-    split: PackedSplit, config: Config, device: torch.device, start_step: int = 0
-) -> Iterator[Batch]:
-    """Endless batches from step `start_step` on, epoch after epoch.
+    split: PackedSplit,
+    config: Config,
+    device: torch.device,
+    start_step: int = 0,
+    processes: Processes = ALONE,
+    *,
+    whole_segments: bool = False,
+) -> Iterator[list[Batch]]:
+    """Endless steps from `start_step` on, epoch after epoch: the `accumulate` batches of each.
+
+    A step's examples are the same however they are divided among processes and accumulation.
 
     Raises:
-        ConfigError: the split holds fewer examples than one batch.
+        ConfigError: the split holds fewer examples than one step.
     """
-    per_epoch = len(split) // config.batch_size
+    size = config.batch_size * config.accumulate * processes.world_size
+    per_epoch = len(split) // size
     if not per_epoch:
         raise ConfigError(
-            f"batch_size={config.batch_size} exceeds the {len(split)} training examples; lower it"
+            f"a step takes batch_size={config.batch_size} x accumulate={config.accumulate} x "
+            f"{processes.world_size} processes = {size} examples, the training split has "
+            f"{len(split)}; lower batch_size"
         )
     epoch, position = divmod(start_step, per_epoch)
     while True:
-        for rows in epoch_batches(split, config, epoch)[position:]:
-            yield collate(split, rows, config, device)
+        for rows in epoch_batches(split, config, epoch, size)[position:]:
+            own = rows.reshape(config.accumulate, processes.world_size, config.batch_size)
+            yield [
+                collate(split, part, config, device, whole_segments=whole_segments)
+                for part in own[:, processes.rank]
+            ]
         epoch, position = epoch + 1, 0
 
 
 def evaluation_batches(
-    split: PackedSplit, config: Config, device: torch.device
+    split: PackedSplit,
+    config: Config,
+    device: torch.device,
+    processes: Processes = ALONE,
+    *,
+    whole_segments: bool = False,
 ) -> Iterator[Batch]:
-    """Every example once, in batches of like length."""
+    """Every example once, in batches of like length; of several processes, each its share."""
     rows = np.argsort(split.lengths.max(axis=1), kind="stable")
-    for start in range(0, len(rows), config.batch_size):
+    for start in range(0, len(rows), config.batch_size)[processes.rank :: processes.world_size]:
         chunk = rows[start : start + config.batch_size]
-        yield collate(split, chunk, config, device)
+        yield collate(split, chunk, config, device, whole_segments=whole_segments)

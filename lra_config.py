@@ -199,7 +199,8 @@ class Config(BaseModel):
     nystrom_conv: Count = 35  # width of the convolution over the values, odd; 0: off
 
     # Optimization
-    batch_size: Size = 32
+    batch_size: Size = 32  # per process and backward pass
+    accumulate: Size = 1  # backward passes per step
     max_steps: Size = 5_000
     stop_after_steps: Size | None = None  # end earlier on the same schedule
     learning_rate: Positive = 1e-3
@@ -210,13 +211,18 @@ class Config(BaseModel):
     eval_interval: Size = 250
     log_interval: Size = 10
     checkpoint_interval: Size = 50
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite
     seed: Count = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    # auto: on CUDA bfloat16, or float16 where the device has none
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"  # torch.compile of a segment; auto: on CUDA
+    cuda_graphs: Literal["auto"] | bool = "auto"  # the whole step captured and replayed
 
     # The run's folder and logging
     output_dir: str = "runs"
     run_name: str  # null: <dataset>_<attention_type>_seed<seed>
+    log_internals: bool = False  # gradient norm, least C, memory norms at every log interval
     wandb: bool = False
     wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` sends it later
     wandb_project: str = "rmaat"

@@ -21,7 +21,7 @@ import numpy as np
 from generate_lra import generate_listops, generate_pathfinder
 from lra_config import Config, WordTokenizer
 from packing import SPLITS, DataError, Reader, cache_dir, fingerprint, held_out_rows
-from utils import write_json
+from utils import log_line, write_json
 
 GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
 Example = tuple[tuple[np.ndarray, ...], int]
@@ -76,7 +76,7 @@ class ListOps(FileReader):
         paths = [path for part in self.parts for path in self.sources(part)]
         missing = [path for path in paths if not path.exists()]
         if len(missing) == len(paths):
-            print(f"no ListOps files in {self.folder}: generating them", flush=True)
+            log_line(f"no ListOps files in {self.folder}: generating them")
             self.folder = generate_listops(self.config.data_dir, seed=0)
         elif missing:
             raise DataError(
@@ -256,7 +256,7 @@ class Pathfinder32(FileReader):
 
     def prepare(self) -> None:
         if not self.folder.is_dir():
-            print(f"no Pathfinder images in {self.folder}: generating them", flush=True)
+            log_line(f"no Pathfinder images in {self.folder}: generating them")
             self.folder = generate_pathfinder(self.config.data_dir, seed=0)
         for name in ("imgs", "metadata"):
             if not (self.folder / name).is_dir():

@@ -343,9 +343,9 @@ class RMAAT(
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The lower precision to compute in, or None for the weights' own."""
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
-        return torch.bfloat16
-    return None
+    if precision == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
 
 
 def build_model(config: Config, vocabulary: Sequence[str] | None = None) -> RMAAT:

@@ -13,11 +13,12 @@ import torch
 import checkpoint
 from checkpoint import CheckpointError
 from dataloader import collate, evaluation_batches
+from execution import resolve_device
 from lra_config import MODEL_KEYS, ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
 from packing import DataError, PackedSplit, Tokenizer, load_splits
-from train import evaluate, resolve_device
+from train import evaluate
 
 IMAGES = {"cifar10", "pathfinder32"}
 TAB_SEPARATED = {"listops", "aan"}  # where a tab is no part of a document

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from checkpoint import CheckpointError
+from distributed import FirstProcessFailed, is_first_process, joined_processes
 from lra_config import ConfigError, load_config, single_values
 from model import RMAAT
 from packing import DataError
 from predict import evaluate_splits, load_trained, predict
+from run_state import Interrupted, NonFiniteError
 from sweep import load_runs, run_sweep, sweep_table
-from train import Interrupted, train
+from train import train
+from utils import log_line
 
 
 def _exit_on_sigterm(number: int, _frame: object) -> NoReturn:
@@ -60,9 +63,12 @@ def main() -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:
-        run(arguments)
-    except (ConfigError, DataError, CheckpointError) as error:
+        with joined_processes():
+            run(arguments)
+    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
         return fail(error, 2)
+    except FirstProcessFailed:
+        return 2
     except BrokenPipeError:  # the reader of the predictions has had enough
         sys.stdout = open(os.devnull, "w")
         return 0
@@ -76,7 +82,8 @@ def main() -> int:
 
 
 def fail(reason: object, exit_status: int) -> int:
-    print(f"run_train.py: {reason}", file=sys.stderr)
+    if is_first_process():
+        print(f"run_train.py: {reason}", file=sys.stderr)
     return exit_status
 
 
@@ -110,10 +117,10 @@ def print_training(arguments: argparse.Namespace) -> None:
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
     configs, varied = load_runs(arguments.config, arguments.overrides)
     if len(configs) > 1:
-        print(sweep_table(configs, run_sweep(configs, resume=arguments.resume), varied), end="")
+        log_line(sweep_table(configs, run_sweep(configs, resume=arguments.resume), varied))
         return
     summary = train(configs[0], resume=arguments.resume)
-    print(
+    log_line(
         f"test_acc {summary.test_accuracy:.4f}  best_val_acc {summary.best_val_accuracy:.4f} "
         f"(step {summary.best_step})  steps {summary.steps}  seconds {summary.seconds:.0f}  "
         f"-> {configs[0].run_dir}/summary.json"

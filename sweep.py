@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lra_config import Config, ConfigError, make_config, parse_overrides, read_mapping
-from train import Summary, train
+from run_state import Summary
+from train import train
+from utils import log_line
 
 COLUMNS = {"test accuracy, %": "test_accuracy", "best validation accuracy, %": "best_val_accuracy"}
 _IN_DEFAULT_NAME = {"dataset", "attention_type", "seed"}  # keys that a null run_name spells out
@@ -70,7 +72,7 @@ def run_sweep(configs: Sequence[Config], *, resume: bool) -> list[Summary]:
             )
     summaries = []
     for number, config in enumerate(configs, start=1):
-        print(f"run {number} of {len(configs)}: {config.run_dir}", flush=True)
+        log_line(f"run {number} of {len(configs)}: {config.run_dir}")
         summaries.append(train(config, resume=resume))
     return summaries
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +17,34 @@ from tqdm import tqdm
 import checkpoint
 from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch, evaluation_batches, training_batches
-from lra_config import LOCAL_KEYS, Config, ConfigError, dump_config, load_config
+from distributed import ALONE, Processes, current_processes
+from execution import (
+    GraphedBackward,
+    compile_model,
+    resolve_device,
+    uses_compile,
+    uses_cuda_graphs,
+)
+from internals import inspect_model
+from lra_config import Config
 from lra_datasets import load_word_vectors, open_dataset
-from model import RMAAT, build_model
-from packing import load_splits
+from model import RMAAT, autocast_dtype, build_model
+from optimization import build_optimizer, learning_rate_factor
+from packing import PackedSplit, Reader, load_splits
 from plots import plot_curves
 from run_log import RunLog
+from run_state import (
+    Interrupted,
+    NonFiniteError,
+    Progress,
+    Summary,
+    caught_signals,
+    claim_folder,
+    finished,
+)
 from utils import (
-    atomic_write,
     hardware,
+    log_line,
     peak_memory_mib,
     reset_peak_memory,
     seed_everything,
@@ -39,9 +54,11 @@ from utils import (
 )
 
 __all__ = [
-    "Interrupted", "Metrics", "StepResult", "Trainer", "amrb_backward", "bptt_backward", "evaluate",
-    "train",
+    "Metrics", "StepResult", "Trainer", "amrb_backward", "bptt_backward", "evaluate", "train",
 ]
+
+
+LEAST_SCALE = 1e-3  # of float16: a model that still overflows there is sick
 
 
 class Metrics(NamedTuple):
@@ -52,105 +69,25 @@ class Metrics(NamedTuple):
     examples: int
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signal_number).name} at step {step}; checkpoint saved")
-        self.exit_status = 128 + signal_number
-
-
 @torch.inference_mode()
-def evaluate(model: RMAAT, batches: Iterable[Batch]) -> Metrics:
-    """Loss and accuracy over all examples of `batches`, without dropout."""
+def evaluate(model: RMAAT, batches: Iterable[Batch], processes: Processes = ALONE) -> Metrics:
+    """Loss and accuracy over all examples of `batches`, without dropout.
+
+    Args:
+        processes: those over which the examples are spread.
+    """
     training = model.training
     model.eval()
-    loss, correct, examples = 0.0, 0, 0
+    device = model.memory.device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, examples
     for batch in batches:
         logits = model(batch.tokens, batch.mask)
-        loss += F.cross_entropy(logits, batch.labels, reduction="sum").double()
-        correct += (logits.argmax(dim=-1) == batch.labels).sum()
-        examples += len(batch.labels)
+        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
+        totals[1] += (logits.argmax(dim=-1) == batch.labels).sum()
+        totals[2] += len(batch.labels)
     model.train(training)
-    return Metrics(float(loss) / examples, float(correct) / examples, examples)
-
-
-def learning_rate_factor(step: int, config: Config) -> float:
-    """The schedule's factor on the learning rate at `step` (from 0): warm-up, then decay to 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
-    if config.lr_schedule == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
-    return 1 - progress if config.lr_schedule == "linear" else 1.0
-
-
-def build_optimizer(model: RMAAT, config: Config) -> torch.optim.AdamW:
-    """AdamW in three groups: the position basis, matrices, and what takes no weight decay."""
-    basis, decayed, undecayed = [], [], []
-    for name, parameter in model.named_parameters():
-        if name.endswith("position_basis"):
-            basis.append(parameter)
-        elif name.endswith("weight") and parameter.ndim == 2 and "embedding" not in name:
-            decayed.append(parameter)
-        else:
-            undecayed.append(parameter)
-    groups = [
-        {"params": basis, "factor": config.position_lr_factor, "weight_decay": 0.0},
-        {"params": decayed, "factor": 1.0, "weight_decay": config.weight_decay},
-        {"params": undecayed, "factor": 1.0, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
-
-
-def resolve_device(config: Config) -> torch.device:
-    """The device of the run.
-
-    Raises:
-        ConfigError: `device: cuda` on a machine without one.
-    """
-    present = torch.cuda.is_available()
-    if config.device == "cuda" and not present:
-        raise ConfigError("device='cuda' but torch sees no CUDA device; set device to cpu or auto")
-    return torch.device("cuda" if present and config.device != "cpu" else "cpu")
-
-
-@dataclass
-class Summary:
-    """What `summary.json` says of a finished run. Accuracies are fractions."""
-
-    dataset: str
-    test_accuracy: float
-    test_loss: float
-    best_val_accuracy: float
-    best_step: int
-    steps: int
-    seconds: float  # of training, validation included
-    tokens_per_second: float  # real tokens, validation not included
-    peak_memory_mib: float
-    parameters: int
-    seed: int
-    hardware: str
-    data: str  # downloaded or generated
-    examples: dict[str, int]  # per split
-    skipped: int  # examples whose file is empty
-    command: str
-    versions: dict[str, str]  # when the run was started or resumed
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all of a checkpoint that is neither model nor optimizer."""
-
-    step: int = 0
-    best_val_accuracy: float = -1.0
-    best_step: int = 0
-    seconds: float = 0.0  # since the start, evaluations included
-    train_seconds: float = 0.0  # of the steps alone, up to the last line of the log
-    tokens: int = 0  # real ones, up to the last line of the log
-    # Since the last line of the log
-    unlogged_seconds: float = 0.0
-    unlogged_examples: int = 0
+    loss, correct, examples = processes.sum(totals).tolist()
+    return Metrics(loss / examples, correct / examples, int(examples))
 
 
 class Trainer:
@@ -158,71 +95,78 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool) -> None:
         self.config = config
+        self.processes = current_processes()
         self.device = resolve_device(config)
         self.folder = config.run_dir
         self.progress = Progress()
         self.versions = versions()  # now: the working tree may change while the run goes on
         reset_peak_memory(self.device)
-        state = self._claim_folder(resume)
+        state = self.processes.first_alone(lambda: self._claim_folder(resume))
 
-        self.reader = open_dataset(config)
-        self.splits = load_splits(self.reader)
+        self.reader, self.splits = self.processes.first_alone(self._load_data)
         seed_everything(config.seed)
         vocabulary = getattr(self.reader.tokenizer, "vocabulary", None)
         self.model = build_model(config, vocabulary).to(self.device)
         if config.embedding_path and state is None:
-            vectors = load_word_vectors(
-                config.embedding_path, vocabulary, config.dim
-            )
+            vectors = load_word_vectors(config.embedding_path, vocabulary, config.dim)
             for token, vector in vectors.items():
                 self.model.token_embedding.weight.data[token] = torch.from_numpy(vector)
         self.optimizer = build_optimizer(self.model, config)
-        self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
+        float16 = autocast_dtype(config.precision, self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
         # Sums of loss, correct answers and real tokens since the last line of the log; on the
-        # device, so that a step does not wait for it.
+        # device, so that they do not make a step wait for it.
         self.running = torch.zeros(3, dtype=torch.float64, device=self.device)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
-            self.running = state["running"]
-        self.log = RunLog(config, keep_until=self.progress.step)
+            if self.is_writer:  # it holds the sums of all processes
+                self.running = state["running"]
+        self.log = RunLog(config, keep_until=self.progress.step) if self.is_writer else None
+
+        self.compiled = uses_compile(config, self.device)
+        self.graphed = uses_cuda_graphs(config, self.device)
+        self.steps = training_batches(
+            self.splits["train"], config, self.device, self.progress.step, self.processes,
+            whole_segments=self.compiled or self.graphed,
+        )
+        self.upcoming = next(self.steps)  # the batches of the next step
+        self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
+        if self.compiled:
+            compile_model(self.model, self.backward, self.upcoming[0])
+        if self.graphed:
+            self.backward = GraphedBackward(self.backward)
         self._lap_start = time.perf_counter()
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.processes.is_first
+
     def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
-        """Make the run's folder, or find the state to resume from in it."""
+        if self.is_writer:
+            return claim_folder(self.config, self.device, resume=resume)
         last = self.folder / "last.pt"
-        if last.exists():
-            if not resume:
-                raise ConfigError(
-                    f"{self.folder} holds a checkpoint; add --resume to go on from it, or set "
-                    "another run_name"
-                )
-            state = checkpoint.load(last, self.device)
-            _check_resumable(self.config, state["config"], last)
-            return state
-        if resume:
-            print(f"{last}: no checkpoint yet, the run starts anew", flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in ("metrics.jsonl", "summary.json"):
-            (self.folder / stale).unlink(missing_ok=True)
-        with atomic_write(self.folder / "config.yaml", "w") as handle:
-            handle.write(dump_config(self.config))
-        return None
+        return checkpoint.load(last, self.device) if last.exists() else None
+
+    def _load_data(self) -> tuple[Reader, dict[str, PackedSplit]]:
+        reader = open_dataset(self.config)
+        return reader, load_splits(reader)
 
     def run(self) -> Summary:
         """Train to the last step, then test once with the weights of the best validation."""
         config, progress = self.config, self.progress
-        batches = training_batches(self.splits["train"], config, self.device, progress.step)
         bar = tqdm(
             total=config.last_step, initial=progress.step, desc=config.run_name,
-            unit=" steps", disable=None, smoothing=0.05,
+            unit=" steps", disable=None if self.is_writer else True, smoothing=0.05,
         )
         self.model.train()
         self._lap()
-        with bar, _caught_signals() as received:
+        with bar, caught_signals() as received:
             while progress.step < config.last_step:
-                self.train_step(next(batches))
+                interrupted = self.train_step(interrupted=bool(received))
                 progress.unlogged_seconds += self._lap()
                 bar.update()
 
@@ -231,57 +175,120 @@ class Trainer:
                     bar.set_postfix(self.log_training())
                 if step % config.eval_interval == 0 or done:
                     self.validate()
-                if step % config.checkpoint_interval == 0 or done or received:
+                if step % config.checkpoint_interval == 0 or done or interrupted:
                     self.save()
-                if received:
-                    raise Interrupted(received[0], step)
+                if interrupted:
+                    raise Interrupted(received[0] if received else signal.SIGTERM, step)
         return self.finish()
 
-    def train_step(self, batch: Batch) -> None:
-        """One optimizer step."""
-        config, progress = self.config, self.progress
-        seed_step(config.seed, progress.step)
-        factor = learning_rate_factor(progress.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor * group["factor"]
-        self.optimizer.zero_grad(set_to_none=True)
-        result = self.backward(self.model, batch)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
+    def train_step(self, *, interrupted: bool = False) -> bool:
+        """One optimizer step over the upcoming batches.
 
+        Args:
+            interrupted: a signal has arrived in this process.
+        Returns:
+            Whether one has arrived in any.
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite, and `on_nonfinite` is stop.
+        """
+        config, progress, batches = self.config, self.progress, self.upcoming
+        seed_step(config.seed, progress.step, self.processes.rank)
+        learning_rate = config.learning_rate * learning_rate_factor(progress.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
+        scale = 1 / len(batches)
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(torch.full((), scale, device=self.device))
+        results = [self.backward(self.model, batch, scale) for batch in batches]
+        self.upcoming = next(self.steps)  # gathered while a CUDA device is still busy
+
+        loss = torch.stack([result.loss for result in results]).mean()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        loss, signals = self.processes.average_gradients(
+            parameters, torch.stack([loss, torch.full_like(loss, interrupted)])
+        )
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+        loss, norm, signals = torch.stack([loss, norm.to(loss), signals]).tolist()
+        self.gradient_norm = norm
+        # The overflows of float16 are the scaler's: it leaves their steps out and scales less.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            self.scaler.step(self.optimizer)
+            self._count(batches, results)
+        else:
+            self._report_nonfinite(learning_rate, loss, norm)
+        self.scaler.update()
         progress.step += 1
-        progress.unlogged_examples += len(batch.labels)
-        correct = (result.logits.argmax(dim=-1) == batch.labels).sum()
-        tokens = batch.tokens.numel() if batch.mask is None else batch.mask.sum()
-        self.running += torch.stack([
-            result.loss.double() * len(batch.labels), correct.double(),
-            torch.as_tensor(tokens, dtype=torch.float64, device=self.device),
-        ])
+        return signals > 0
+
+    def _count(self, batches: Sequence[Batch], results: Sequence[StepResult]) -> None:
+        """Add a step to the sums of the log."""
+        for batch, result in zip(batches, results, strict=True):
+            correct = (result.logits.argmax(dim=-1) == batch.labels).sum()
+            tokens = batch.tokens.numel() if batch.mask is None else batch.mask.sum()
+            self.running += torch.stack([
+                result.loss.double() * len(batch.labels), correct.double(),
+                torch.as_tensor(tokens, dtype=torch.float64, device=self.device),
+            ])
+            self.progress.unlogged_examples += len(batch.labels) * self.processes.world_size
+
+    def _report_nonfinite(self, learning_rate: float, loss: float, norm: float) -> None:
+        """End the run, or leave the step out, as `on_nonfinite` says."""
+        progress = self.progress
+        what = (
+            f"step {progress.step + 1}: loss {loss} and gradient norm {norm} at learning rate "
+            f"{learning_rate:.3g}"
+        )
+        if self.config.on_nonfinite == "skip":
+            progress.skipped_steps += 1
+            log_line(f"{what}; step skipped")
+            return
+        last = self.folder / "last.pt"
+        kept = f"the last good checkpoint is {last}"
+        if not last.exists():
+            kept = "no checkpoint exists yet"
+        raise NonFiniteError(
+            f"{what}; {kept}; lower learning_rate or grad_clip, or set on_nonfinite=skip"
+        )
 
     def log_training(self) -> dict[str, str]:
         """Write the means since the last line; return what the bar shows."""
         progress = self.progress
-        loss, correct, tokens = self.running.tolist()  # waits for the device
-        progress.unlogged_seconds += self._lap()
-        loss /= progress.unlogged_examples
-        accuracy = correct / progress.unlogged_examples
-        speed = tokens / progress.unlogged_seconds
-        progress.seconds += progress.unlogged_seconds
-        progress.train_seconds += progress.unlogged_seconds
-        progress.tokens += int(tokens)
-        self.log.write(
-            progress.step,
-            loss=loss,
-            accuracy=accuracy,
-            learning_rate=self.config.learning_rate
-            * learning_rate_factor(progress.step - 1, self.config),
-            tokens_per_second=round(speed),
-            seconds=round(progress.seconds, 3),
-        )
+        loss, correct, tokens = self.processes.sum(self.running).tolist()  # waits for the device
         self.running.zero_()
-        progress.unlogged_seconds, progress.unlogged_examples = 0.0, 0
+        progress.unlogged_seconds += self._lap()
+        examples, seconds = progress.unlogged_examples, progress.unlogged_seconds
+        progress.unlogged_examples, progress.unlogged_seconds = 0, 0.0
+        progress.seconds += seconds
+        progress.train_seconds += seconds
+        progress.tokens += int(tokens)
+        if not examples:  # every step since then was skipped
+            return {}
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise NonFiniteError(
+                f"step {progress.step}: gradients overflow float16 at every scale; set "
+                "precision=float32 or lower learning_rate"
+            )
+        loss, accuracy, speed = loss / examples, correct / examples, tokens / seconds
+        if self.log is not None:
+            factor = learning_rate_factor(progress.step - 1, self.config)
+            self.log.write(
+                progress.step,
+                loss=loss,
+                accuracy=accuracy,
+                learning_rate=self.config.learning_rate * factor,
+                tokens_per_second=round(speed),
+                seconds=round(progress.seconds, 3),
+                **self._internals(),
+            )
         return {"loss": f"{loss:.3f}", "acc": f"{accuracy:.3f}", "tok/s": f"{speed:,.0f}"}
+
+    def _internals(self) -> dict[str, float]:
+        """What `log_internals` asks for, of the first batch of the next step."""
+        if not self.config.log_internals:
+            return {}
+        return {"gradient_norm": self.gradient_norm, **inspect_model(self.model, self.upcoming[0])}
 
     def validate(self) -> None:
         """Evaluate on the validation split and keep the weights if they are the best so far."""
@@ -289,28 +296,36 @@ class Trainer:
         metrics = self._evaluate("val")
         if metrics.accuracy > progress.best_val_accuracy:
             progress.best_val_accuracy, progress.best_step = metrics.accuracy, progress.step
-            checkpoint.save(
-                self.folder / "best.pt",
-                {**checkpoint.describe(self.model), "step": progress.step,
-                 "val_accuracy": metrics.accuracy},
-            )
+            if self.is_writer:
+                checkpoint.save(
+                    self.folder / "best.pt",
+                    {**checkpoint.describe(self.model), "step": progress.step,
+                     "val_accuracy": metrics.accuracy},
+                )
         progress.seconds += self._lap()
-        self.log.write(progress.step, val_loss=metrics.loss, val_accuracy=metrics.accuracy)
-        tqdm.write(
+        if self.log is not None:
+            self.log.write(progress.step, val_loss=metrics.loss, val_accuracy=metrics.accuracy)
+        log_line(
             f"step {progress.step}: val_loss {metrics.loss:.4f}  val_acc {metrics.accuracy:.4f}"
         )
 
     def save(self) -> None:
         """Write `last.pt`."""
+        self.processes.sum(self.running)
+        if not self.is_writer:
+            self.running.zero_()
+            return
         checkpoint.save(
             self.folder / "last.pt",
             {**checkpoint.describe(self.model), "optimizer": self.optimizer.state_dict(),
+             "scaler": self.scaler.state_dict(),
              "progress": dataclasses.asdict(self.progress), "running": self.running},
         )
 
     def finish(self) -> Summary:
         """Test with the best weights; write `summary.json`, the weights and the curves."""
         config, progress = self.config, self.progress
+        self.processes.barrier()  # until the best weights are written
         best = checkpoint.load(self.folder / "best.pt", self.device)
         self.model.load_state_dict(best["model"])
         metrics = self._evaluate("test")
@@ -326,6 +341,8 @@ class Trainer:
             peak_memory_mib=round(peak_memory_mib(self.device), 1),
             parameters=sum(p.numel() for p in self.model.parameters()),
             seed=config.seed,
+            skipped_steps=progress.skipped_steps,
+            processes=self.processes.world_size,
             hardware=hardware(self.device),
             data=self.reader.origin(),
             examples={name: len(split) for name, split in self.splits.items()},
@@ -333,11 +350,12 @@ class Trainer:
             command=" ".join(sys.argv),
             versions=self.versions,
         )
-        checkpoint.export(self.model, self.folder)
-        plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
-        # Last of all: with it the run is finished.
-        write_json(self.folder / "summary.json", dataclasses.asdict(summary))
-        self.log.finish(dataclasses.asdict(summary))
+        if self.log is not None:
+            checkpoint.export(self.model, self.folder)
+            plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
+            # Last of all: with it the run is finished.
+            write_json(self.folder / "summary.json", dataclasses.asdict(summary))
+            self.log.finish(dataclasses.asdict(summary))
         return summary
 
     def _lap(self) -> float:
@@ -347,60 +365,15 @@ class Trainer:
         return elapsed
 
     def _evaluate(self, split: str) -> Metrics:
-        batches = evaluation_batches(self.splits[split], self.config, self.device)
-        return evaluate(self.model, batches)
-
-
-# What may differ between the run that saved a checkpoint and the one that resumes it.
-_RESUMABLE = (LOCAL_KEYS - {"embedding_path"}) | {
-    "run_name", "stop_after_steps", "log_interval", "eval_interval", "checkpoint_interval",
-}
-
-
-def _check_resumable(config: Config, saved: dict[str, Any], path: Path) -> None:
-    for key, value in config.model_dump().items():
-        if key not in _RESUMABLE and saved.get(key) != value:
-            raise ConfigError(
-                f"{key}={value!r} but {path} was saved with {key}={saved.get(key)!r}; "
-                "resume with the same value, or set another run_name"
-            )
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
-    received: list[int] = []
-    previous: dict[int, Callable | int | None] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
-                previous[number] = signal.signal(number, lambda n, _: received.append(n))
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def finished(config: Config) -> Summary | None:
-    """The summary of the run in `config.run_dir`, None while it has not come to its last step.
-
-    Raises:
-        ConfigError: the finished run is another configuration's.
-    """
-    folder = config.run_dir
-    try:
-        summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or of another version: test again
-        return None
-    if summary.steps < config.last_step:
-        return None
-    path = folder / "config.yaml"
-    _check_resumable(config, load_config(path).model_dump(), path)
-    return summary
+        batches = evaluation_batches(
+            self.splits[split], self.config, self.device, self.processes,
+            whole_segments=self.compiled,
+        )
+        return evaluate(self.model, batches, self.processes)
 
 
 def train(config: Config, resume: bool = False) -> Summary:
-    """Train one run to its end and test it.
+    """Train one run to its end and test it, in all processes that `torchrun` started.
 
     Args:
         config: the run; its folder is `config.run_dir`.
@@ -410,6 +383,7 @@ def train(config: Config, resume: bool = False) -> Summary:
         ConfigError: the folder already holds a run, or the checkpoint is another configuration's.
         DataError: the data are missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
+        NonFiniteError: the loss or a gradient is not finite.
         Interrupted: a signal arrived; a checkpoint was saved.
     """
     if resume and (summary := finished(config)) is not None:

@@ -17,6 +17,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from distributed import is_first_process
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -36,9 +39,9 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch for one training step, so that a resumed run draws what an unbroken one draws."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def seed_everything(seed: int) -> None:
@@ -79,6 +82,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def log_line(text: str) -> None:
+    """Print a line without breaking a progress bar; of several processes the first one does."""
+    if is_first_process():
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def write_json(path: str | Path, value: Any) -> None:

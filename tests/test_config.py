@@ -10,7 +10,8 @@ from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
 
 from lra_config import ConfigError, dump_config, load_config, make_config
 from model import build_model
-from train import amrb_backward, build_optimizer
+from optimization import build_optimizer
+from train import amrb_backward
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

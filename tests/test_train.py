@@ -20,9 +20,10 @@ import checkpoint
 import train as train_module
 from lra_config import ConfigError, dump_config, make_config
 from model import build_model
+from optimization import build_optimizer, learning_rate_factor
 from run_log import read_metrics
-from train import amrb_backward, build_optimizer, evaluate, learning_rate_factor, train
-from utils import atomic_write
+from train import amrb_backward, evaluate, train
+from utils import atomic_write, seed_step
 
 TIMINGS = {"seconds", "tokens_per_second"}
 
@@ -115,11 +116,11 @@ def test_a_run_cut_and_resumed_equals_an_unbroken_one(tmp_path, listops_dir, sto
 
     original, calls = train_module.amrb_backward, []
 
-    def killed(model, batch):
+    def killed(model, batch, scale):
         if len(calls) == stop:
             raise KeyboardInterrupt  # not caught by the loop: as a kill, it saves nothing
         calls.append(1)
-        return original(model, batch)
+        return original(model, batch, scale)
 
     monkeypatch.setattr(train_module, "amrb_backward", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -239,11 +240,11 @@ def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
     """The loop adds nothing to the gradients but the clipping."""
     config = run_config(tmp_path, listops_dir, "run", grad_clip=0.0)
     trainer = train_module.Trainer(config, resume=False)
-    batch = next(train_module.training_batches(trainer.splits["train"], config, trainer.device))
+    (batch,) = trainer.upcoming
     twin = build_model(config)
     twin.load_state_dict(trainer.model.state_dict())
-    trainer.train_step(batch)
-    train_module.seed_step(config.seed, 0)
+    trainer.train_step()
+    seed_step(config.seed, 0)
     amrb_backward(twin, batch)
     for ours, expected in zip(trainer.model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours.grad, expected.grad)

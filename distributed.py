@@ -1,0 +1,118 @@
+"""Several processes on one run, as `torchrun` starts them; one process needs nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# The others wait while the first process generates or packs the data.
+TIMEOUT = timedelta(hours=3)
+
+
+class FirstProcessFailed(RuntimeError):
+    """The first process met an error and says which; the others only end."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes files and to the terminal."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def average_gradients(self, parameters: Sequence[Tensor], extra: Tensor) -> Tensor:
+        """Replace every gradient by its mean over the processes, in one reduction.
+
+        Args:
+            parameters: all with a gradient, the same ones in every process.
+            extra: (k,) values that travel with them.
+        Returns:
+            The means (k,) of `extra`.
+        """
+        if self.world_size == 1:
+            return extra
+        parts = [*(p.grad for p in parameters), extra.to(parameters[0].grad)]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        means = flat.split([part.numel() for part in parts])
+        for part, mean in zip(parts, means, strict=True):
+            part.copy_(mean.view_as(part))
+        return parts[-1]
+
+    def first_alone(self, work: Callable[[], T]) -> T:
+        """Call `work` in the first process, then in the others, which find what it left.
+
+        Raises:
+            FirstProcessFailed: in the others, when `work` failed in the first.
+        """
+        if self.world_size == 1:
+            return work()
+        failure, result = None, None
+        if self.is_first:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        failed = [failure is not None]
+        dist.broadcast_object_list(failed, src=0)
+        if failure is not None:
+            raise failure
+        if failed[0]:
+            raise FirstProcessFailed
+        return result if self.is_first else work()
+
+
+ALONE = Processes()
+
+
+def current_processes() -> Processes:
+    """Those that `joined_processes` joined; one alone outside of it."""
+    return Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
+    """Join the processes that `torchrun` started: NCCL for CUDA tensors, gloo for the CPU's."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all of them, before they have joined too."""
+    return int(os.environ.get("RANK", 0)) == 0

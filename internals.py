@@ -1,0 +1,53 @@
+"""What goes wrong inside this model when a run is sick: for `log_internals`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention import AstromorphicAttention
+from dataloader import Batch
+from model import RMAAT
+
+
+@torch.no_grad()
+def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
+    """Run one batch without dropout and look inside.
+
+    Returns:
+        `calcium_min`, the least C of any real row, layer and segment (where P = 1 / C is on: the
+        attention grows as it falls), and `memory_norm/t`, the mean norm of the memory tokens that
+        leave segment t, their retention factor included.
+    """
+    least: list[Tensor] = []
+
+    def record(attention: AstromorphicAttention, arguments: tuple, _: Tensor) -> None:
+        x, mask, *_ = arguments
+        calcium = attention.calcium(x, mask)[..., 0]  # (B, H, N)
+        if mask is not None:
+            calcium = calcium.masked_fill(~mask[:, None], torch.inf)
+        least.append(calcium.min())
+
+    hooks = [
+        module.register_forward_hook(record)
+        for module in model.modules()
+        if isinstance(module, AstromorphicAttention) and module.normalize
+    ]
+    training = model.training
+    model.eval()
+    try:
+        positions = model.positions()
+        segments, _ = model.split(batch.tokens, batch.mask)
+        memory = model.initial_memory(len(segments[0].tokens))
+        norms = []
+        for index, segment in enumerate(segments):
+            memory, _ = model.segment(segment.tokens, memory, index, segment.mask, positions)
+            norms.append(memory.norm(dim=-1).mean())
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    found = {"calcium_min": float(torch.stack(least).min())} if least else {}
+    if memory.shape[1]:
+        found |= {f"memory_norm/{t}": float(norm) for t, norm in enumerate(norms, start=1)}
+    return found

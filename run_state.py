@@ -1,0 +1,147 @@
+"""What a run knows of itself: its progress, its summary, its folder and whether it may go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+from lra_config import LOCAL_KEYS, Config, ConfigError, dump_config, load_config
+from utils import atomic_write, log_line
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signal_number).name} at step {step}; checkpoint saved")
+        self.exit_status = 128 + signal_number
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite, told in one line."""
+
+
+@dataclass
+class Summary:
+    """What `summary.json` says of a finished run. Accuracies are fractions."""
+
+    dataset: str
+    test_accuracy: float
+    test_loss: float
+    best_val_accuracy: float
+    best_step: int
+    steps: int
+    seconds: float  # of training, validation included
+    tokens_per_second: float  # real tokens of all processes, validation not included
+    peak_memory_mib: float  # of the first process
+    parameters: int
+    seed: int
+    skipped_steps: int  # `on_nonfinite: skip`
+    processes: int
+    hardware: str
+    data: str  # downloaded or generated
+    examples: dict[str, int]  # per split
+    skipped: int  # examples whose file is empty
+    command: str
+    versions: dict[str, str]  # when the run was started or resumed
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of a checkpoint that is neither model nor optimizer."""
+
+    step: int = 0
+    best_val_accuracy: float = -1.0
+    best_step: int = 0
+    seconds: float = 0.0  # since the start, evaluations included
+    train_seconds: float = 0.0  # of the steps alone, up to the last line of the log
+    tokens: int = 0  # real ones, up to the last line of the log
+    skipped_steps: int = 0  # for a loss or gradient that was not finite
+    # Since the last line of the log
+    unlogged_seconds: float = 0.0
+    unlogged_examples: int = 0
+
+
+def claim_folder(config: Config, device: torch.device, *, resume: bool) -> dict[str, Any] | None:
+    """Make the run's folder, or find the state to resume from in it.
+
+    Raises:
+        ConfigError: the folder holds a checkpoint that may not be gone on from.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    last = config.run_dir / "last.pt"
+    if last.exists():
+        if not resume:
+            raise ConfigError(
+                f"{config.run_dir} holds a checkpoint; add --resume to go on from it, or set "
+                "another run_name"
+            )
+        state = checkpoint.load(last, device)
+        check_resumable(config, state["config"], last)
+        return state
+    if resume:
+        log_line(f"{last}: no checkpoint yet, the run starts anew")
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for stale in ("metrics.jsonl", "summary.json"):
+        (config.run_dir / stale).unlink(missing_ok=True)
+    with atomic_write(config.run_dir / "config.yaml", "w") as handle:
+        handle.write(dump_config(config))
+    return None
+
+
+# What may differ between the run that saved a checkpoint and the one that resumes it.
+RESUMABLE = (LOCAL_KEYS - {"embedding_path"}) | {
+    "run_name", "stop_after_steps", "log_interval", "eval_interval", "checkpoint_interval",
+    "compile", "cuda_graphs", "log_internals", "on_nonfinite",
+}
+
+
+def check_resumable(config: Config, saved: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError where a key differs from the `saved` ones of `path` that may not."""
+    for key, value in config.model_dump().items():
+        if key not in RESUMABLE and saved.get(key) != value:
+            raise ConfigError(
+                f"{key}={value!r} but {path} was saved with {key}={saved.get(key)!r}; "
+                "resume with the same value, or set another run_name"
+            )
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
+    received: list[int] = []
+    previous: dict[int, Callable | int | None] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
+                previous[number] = signal.signal(number, lambda n, _: received.append(n))
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def finished(config: Config) -> Summary | None:
+    """The summary of the run in `config.run_dir`, None while it has not come to its last step.
+
+    Raises:
+        ConfigError: the finished run is another configuration's.
+    """
+    folder = config.run_dir
+    try:
+        summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or of another version: test again
+        return None
+    if summary.steps < config.last_step:
+        return None
+    path = folder / "config.yaml"
+    check_resumable(config, load_config(path).model_dump(), path)
+    return summary
