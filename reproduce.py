@@ -301,7 +301,7 @@ def measured_table(table: str, budget: str, device: str, tasks: Iterable[str]) -
         )
     return ratio_table(
         rows, lengths, value="tokens_per_second", unit="tokens/s", figures=published.THROUGHPUT,
-        figures_unit="x RMT", reference="RMT",
+        figures_unit=None, reference="RMT",
     )
 
 
