@@ -1,18 +1,33 @@
-"""Checkpoints of a run: written whole or not at all, read without executing anything."""
+"""Checkpoints and exported weights: written whole or not at all, read without running code."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
-from utils import atomic_write
+from lra_config import LOCAL_KEYS
+from utils import atomic_write, write_json
+
+if TYPE_CHECKING:
+    from model import RMAAT
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, told in one line."""
+
+
+def describe(model: RMAAT) -> dict[str, Any]:
+    """What a checkpoint needs to bring the model back: weights, configuration, vocabulary."""
+    return {
+        "model": model.state_dict(), "config": model.config.model_dump(),
+        "vocabulary": model.vocabulary,
+    }
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -27,7 +42,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     # torch's zip writer turns a full disk into a RuntimeError.
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is kept" if path.exists() else "no checkpoint exists yet"
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"{path}: could not be written ({reason}); {kept}") from error
 
 
@@ -40,9 +55,51 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no checkpoint; start without --resume") from None
+        raise CheckpointError(f"{path}: no such checkpoint") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _unreadable(path, error) from None
+
+
+def export(model: RMAAT, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json`, what `RMAAT.from_pretrained(folder)` reads.
+
+    `config.json` holds the configuration, less what concerns this machine alone, and at the word
+    level the vocabulary.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(folder / "model.safetensors") as handle:
+        handle.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
+    values = model.config.model_dump(exclude=LOCAL_KEYS)
+    if model.vocabulary is not None:
+        values["vocabulary"] = model.vocabulary
+    write_json(folder / "config.json", values)
+
+
+def load_exported(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a `.safetensors` file and the `config.json` beside it, as `describe` lays them out.
+
+    Raises:
+        CheckpointError: one of the two is missing or damaged.
+    """
+    config_path = path.with_name("config.json")
+    try:
+        weights = safetensors.torch.load_file(path, device=str(device))
+        values = json.loads(config_path.read_text(encoding="utf-8"))
+        vocabulary = values.pop("vocabulary", None)
+    except FileNotFoundError:
+        missing = config_path if path.exists() else path
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({reason[:100]}); remove it to start anew"
+            f"{missing}: missing; weights as safetensors need the config.json of their run beside "
+            "them"
         ) from None
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise _unreadable(path, error) from None
+    return {"model": weights, "config": values, "vocabulary": vocabulary}
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"{path}: not a readable checkpoint ({reason[:100]}); name another one, or remove it to "
+        "start anew"
+    )

@@ -22,6 +22,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PADDING_ID = 0
 VOCABULARY_WORDS = 20_000  # of the word level
 
+# Keys that say where and how a run is carried out on a machine, not what it computes.
+LOCAL_KEYS = frozenset({
+    "data_dir", "output_dir", "device", "embedding_path", "wandb", "wandb_mode", "wandb_project",
+    "wandb_entity", "wandb_run_name",
+})
+# Keys that decide what a set of weights computes: another value asks for other weights.
+MODEL_KEYS = (
+    "dataset", "max_seq_len", "document_pair", "num_segments", "num_memory_tokens", "astro_mem",
+    "attention_type", "dim", "num_layers", "num_heads", "ffn_dim", "pooling",
+    "position_embedding", "hebbian_astro", "hebbian_sigmoid", "hebbian_scale",
+    "presynaptic_alpha", "presynaptic_normalize", "decay_scale",
+)
+
 
 class ConfigError(ValueError):
     """A mistake in the configuration, told in one line."""
@@ -205,7 +218,9 @@ class Config(BaseModel):
     output_dir: str = "runs"
     run_name: str  # null: <dataset>_<attention_type>_seed<seed>
     wandb: bool = False
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` sends it later
     wandb_project: str = "rmaat"
+    wandb_entity: str | None = None  # team or user; null: the login's own
     wandb_run_name: str | None = None  # null: run_name
 
     @model_validator(mode="before")
@@ -372,7 +387,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file, not yet validated.
 
     Raises:
-        ConfigError: a missing, unreadable or empty file.
+        ConfigError: the file is missing, unreadable or holds no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -388,6 +403,44 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """Read `key=value` strings: the values of each key, several where they are a list `a,b`.
+
+    Each value is read as YAML, so that quotes keep a comma from separating: `key='"a,b"'`. The
+    last override of a key wins.
+
+    Raises:
+        ConfigError: an override is not of that form.
+    """
+    parsed = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        source = f"override {override!r}"
+        # A flow sequence splits at the same commas as our list does.
+        parsed[key] = (
+            _parse_yaml(f"[{text}]", source) if "," in text else [_parse_yaml(text, source)]
+        )
+    return parsed
+
+
+def single_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Key and value of overrides that hold no list.
+
+    Raises:
+        ConfigError: one of them is a list, or not of the form key=value.
+    """
+    parsed = parse_overrides(overrides)
+    for key, values in parsed.items():
+        if len(values) != 1:
+            raise ConfigError(
+                f"{key}={','.join(map(str, values))} holds {len(values)} values, here there can "
+                "be one; several are for training"
+            )
+    return {key: value for key, (value,) in parsed.items()}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides in order, validate.
 
@@ -397,13 +450,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a missing, unreadable or empty file, or any invalid key or value.
     """
-    values = read_mapping(path)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form key=value")
-        values[key] = _parse_yaml(value, f"override {override!r}")
-    return make_config(values, str(path))
+    return make_config({**read_mapping(path), **single_values(overrides)}, str(path))
 
 
 def dump_config(config: Config) -> str:

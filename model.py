@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+import checkpoint
 from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
 from dropout import derive_keys, draw_seed, dropout
-from lra_config import PADDING_ID, Config
+from lra_config import PADDING_ID, Config, make_config
 from utils import sinusoidal_positions
 
 __all__ = [
@@ -69,17 +72,30 @@ class Segment(NamedTuple):
     mask: Tensor | None
 
 
-class RMAAT(nn.Module):
+class RMAAT(
+    nn.Module, PyTorchModelHubMixin, license="mit", paper_url="https://arxiv.org/abs/2601.00426"
+):
     """The segment-recurrent encoder and its classification head.
 
     The memory that leaves segment t, times its retention factor, enters segment t + 1. With other
     values of `attention_type`, `num_memory_tokens`, `num_segments` and `astro_mem` the same module
     is RMT, RLT, AT, the Transformer, the linear Transformer, Nystromformer or Luna: see
     `configs/tables/`.
+
+    `from_pretrained(folder or name on the Hugging Face Hub)` reads a finished run's weights,
+    `save_pretrained(folder)` and `push_to_hub(name)` write them.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, vocabulary: Sequence[str] | None = None) -> None:
+        """Draw the initial weights from torch's global random state.
+
+        Args:
+            config: the run; kept, as the weights mean nothing without it.
+            vocabulary: at the word level the words in the order of their ids, kept likewise.
+        """
         super().__init__()
+        self.config = config
+        self.vocabulary = None if vocabulary is None else list(vocabulary)
         self.segment_len = config.segment_len
         self.max_seq_len = config.max_seq_len
         self.num_encoded = config.num_encoded  # sequences that one example is encoded as
@@ -302,6 +318,17 @@ class RMAAT(nn.Module):
         last = (active * order).argmax(dim=1)  # (B,)
         return stacked[torch.arange(len(last), device=last.device), last]
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoint.export(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, config: dict[str, Any], strict: bool = True, **arguments: Any
+    ) -> RMAAT:
+        """The mixin's hook: `config` holds what `checkpoint.export` wrote into config.json."""
+        values = {key: value for key, value in config.items() if key != "vocabulary"}
+        return super()._from_pretrained(config=make_config(values), strict=strict, **arguments)
+
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The mixed precision of `precision` on `device`.
 
@@ -321,6 +348,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
-def build_model(config: Config) -> RMAAT:
+def build_model(config: Config, vocabulary: Sequence[str] | None = None) -> RMAAT:
     """The model of a configuration, initialised from torch's global random state, on the CPU."""
-    return RMAAT(config)
+    return RMAAT(config, vocabulary)

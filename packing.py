@@ -180,12 +180,14 @@ def _pack(reader: Reader, part: str, folder: Path) -> None:
         if not labels:
             raise DataError(f"{reader.sources(part)[0]}: holds no example; fetch the data again")
         lengths = np.array(lengths, dtype=np.int64)
-        # Copied under a header in one sweep: only now is the length that it states known.
-        tokens = np.lib.format.open_memmap(
-            half_done / "tokens.npy", mode="w+", dtype=dtype, shape=(int(lengths.sum()),)
-        )
-        tokens[:] = np.memmap(half_done / "stream", dtype=dtype, mode="r")
-        tokens.flush()
+        # Copied under a header in one sweep: only now is the length that it states known. Not
+        # through a map: on a full disk that ends the process without a word.
+        header = {
+            "descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),),
+        }
+        with open(half_done / "stream", "rb") as source, open(half_done / "tokens.npy", "wb") as to:
+            np.lib.format.write_array_header_1_0(to, header)
+            shutil.copyfileobj(source, to)
         (half_done / "stream").unlink()
         np.save(half_done / "lengths.npy", lengths)
         np.save(half_done / "labels.npy", np.array(labels, dtype=np.int64))

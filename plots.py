@@ -3,50 +3,74 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from utils import read_metrics
+from run_log import read_metrics
+from utils import atomic_write
 
 
 def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
     """Draw training loss and validation accuracy over the steps.
 
     Args:
-        runs: label to the folder that holds `metrics.jsonl`.
-        path: the picture; its suffix chooses the format.
+        runs: label to the folder that holds `metrics.jsonl`; one without a validation so far has
+            its training loss alone.
+        path: the picture, whole or not at all; its suffix chooses the format.
+    Raises:
+        ValueError: a run has not logged anything yet, or the suffix is no format.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    path = Path(path)
     figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    curves = ((loss_axes, "loss", 1, ""), (accuracy_axes, "val_accuracy", 100, "."))
     for label, folder in runs.items():
         rows = read_metrics(folder)
-        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        val = [(row["step"], 100 * row["val_accuracy"]) for row in rows if "val_accuracy" in row]
-        loss_axes.plot(*zip(*train, strict=True), label=label, linewidth=1)
-        accuracy_axes.plot(*zip(*val, strict=True), label=label, marker=".", linewidth=1)
+        if not rows:
+            raise ValueError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
+        for axes, key, scale, marker in curves:
+            points = [(row["step"], scale * row[key]) for row in rows if key in row]
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(steps, values, label=label, marker=marker, linewidth=1)
     loss_axes.set(xlabel="step", ylabel="training loss (nats)")
     accuracy_axes.set(xlabel="step", ylabel="validation accuracy (%)")
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
     accuracy_axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
+    if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"{path}: its suffix names no picture format; use .png, .pdf or .svg")
+    with atomic_write(path) as handle:
+        figure.savefig(handle, dpi=120, format=path.suffix[1:])
     plt.close(figure)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with a metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
-    for folder in arguments.runs:
-        if not (folder / "metrics.jsonl").exists():
-            parser.error(f"{folder}: holds no metrics.jsonl; name the folder of a run")
-    plot_curves({folder.name: folder for folder in arguments.runs}, arguments.out)
+    # The folders' names, unless two of them are the same.
+    names = Counter(folder.name for folder in arguments.runs)
+    runs = {
+        folder.name if names[folder.name] == 1 else str(folder): folder
+        for folder in arguments.runs
+    }
+    try:
+        plot_curves(runs, arguments.out)
+    except ValueError as error:
+        print(f"plots.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"plots.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import sys
@@ -15,25 +16,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import checkpoint
 from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch, evaluation_batches, training_batches
-from lra_config import Config, ConfigError, dump_config
+from lra_config import LOCAL_KEYS, Config, ConfigError, dump_config, load_config
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, build_model
 from packing import load_splits
 from plots import plot_curves
+from run_log import RunLog
 from utils import (
-    RunLog,
     atomic_write,
     hardware,
     peak_memory_mib,
+    reset_peak_memory,
     seed_everything,
     seed_step,
-    start_wandb,
     versions,
     write_json,
 )
@@ -162,15 +162,17 @@ class Trainer:
         self.folder = config.run_dir
         self.progress = Progress()
         self.versions = versions()  # now: the working tree may change while the run goes on
+        reset_peak_memory(self.device)
         state = self._claim_folder(resume)
 
         self.reader = open_dataset(config)
         self.splits = load_splits(self.reader)
         seed_everything(config.seed)
-        self.model = build_model(config).to(self.device)
+        vocabulary = getattr(self.reader.tokenizer, "vocabulary", None)
+        self.model = build_model(config, vocabulary).to(self.device)
         if config.embedding_path and state is None:
             vectors = load_word_vectors(
-                config.embedding_path, self.reader.tokenizer.vocabulary, config.dim
+                config.embedding_path, vocabulary, config.dim
             )
             for token, vector in vectors.items():
                 self.model.token_embedding.weight.data[token] = torch.from_numpy(vector)
@@ -184,27 +186,23 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
             self.running = state["running"]
-        wandb_run = None
-        if config.wandb:
-            wandb_run = start_wandb(
-                self.folder, project=config.wandb_project,
-                name=config.wandb_run_name or config.run_name, config=config.model_dump(),
-            )
-        self.log = RunLog(self.folder, keep_until=self.progress.step, wandb_run=wandb_run)
+        self.log = RunLog(config, keep_until=self.progress.step)
         self._lap_start = time.perf_counter()
 
     def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
         """Make the run's folder, or find the state to resume from in it."""
         last = self.folder / "last.pt"
-        if resume:
+        if last.exists():
+            if not resume:
+                raise ConfigError(
+                    f"{self.folder} holds a checkpoint; add --resume to go on from it, or set "
+                    "another run_name"
+                )
             state = checkpoint.load(last, self.device)
             _check_resumable(self.config, state["config"], last)
             return state
-        if last.exists():
-            raise ConfigError(
-                f"{self.folder} holds a checkpoint; add --resume to go on from it, or set another "
-                "run_name"
-            )
+        if resume:
+            print(f"{last}: no checkpoint yet, the run starts anew", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in ("metrics.jsonl", "summary.json"):
             (self.folder / stale).unlink(missing_ok=True)
@@ -293,8 +291,8 @@ class Trainer:
             progress.best_val_accuracy, progress.best_step = metrics.accuracy, progress.step
             checkpoint.save(
                 self.folder / "best.pt",
-                {"model": self.model.state_dict(), "config": self.config.model_dump(),
-                 "step": progress.step, "val_accuracy": metrics.accuracy},
+                {**checkpoint.describe(self.model), "step": progress.step,
+                 "val_accuracy": metrics.accuracy},
             )
         progress.seconds += self._lap()
         self.log.write(progress.step, val_loss=metrics.loss, val_accuracy=metrics.accuracy)
@@ -306,9 +304,8 @@ class Trainer:
         """Write `last.pt`."""
         checkpoint.save(
             self.folder / "last.pt",
-            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-             "progress": dataclasses.asdict(self.progress), "running": self.running,
-             "config": self.config.model_dump()},
+            {**checkpoint.describe(self.model), "optimizer": self.optimizer.state_dict(),
+             "progress": dataclasses.asdict(self.progress), "running": self.running},
         )
 
     def finish(self) -> Summary:
@@ -336,9 +333,11 @@ class Trainer:
             command=" ".join(sys.argv),
             versions=self.versions,
         )
-        save_weights(self.model, self.folder / "best.safetensors")
+        checkpoint.export(self.model, self.folder)
         plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
+        # Last of all: with it the run is finished.
         write_json(self.folder / "summary.json", dataclasses.asdict(summary))
+        self.log.finish(dataclasses.asdict(summary))
         return summary
 
     def _lap(self) -> float:
@@ -352,17 +351,9 @@ class Trainer:
         return evaluate(self.model, batches)
 
 
-def save_weights(model: RMAAT, path: Path) -> None:
-    """Write the weights as safetensors, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, part)
-    part.replace(path)
-
-
 # What may differ between the run that saved a checkpoint and the one that resumes it.
-_RESUMABLE = {
-    "data_dir", "device", "output_dir", "run_name", "stop_after_steps", "log_interval",
-    "eval_interval", "checkpoint_interval", "wandb", "wandb_project", "wandb_run_name",
+_RESUMABLE = (LOCAL_KEYS - {"embedding_path"}) | {
+    "run_name", "stop_after_steps", "log_interval", "eval_interval", "checkpoint_interval",
 }
 
 
@@ -390,16 +381,37 @@ def _caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def finished(config: Config) -> Summary | None:
+    """The summary of the run in `config.run_dir`, None while it has not come to its last step.
+
+    Raises:
+        ConfigError: the finished run is another configuration's.
+    """
+    folder = config.run_dir
+    try:
+        summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or of another version: test again
+        return None
+    if summary.steps < config.last_step:
+        return None
+    path = folder / "config.yaml"
+    _check_resumable(config, load_config(path).model_dump(), path)
+    return summary
+
+
 def train(config: Config, resume: bool = False) -> Summary:
     """Train one run to its end and test it.
 
     Args:
         config: the run; its folder is `config.run_dir`.
-        resume: go on from the folder's `last.pt`.
+        resume: go on from the folder's `last.pt`, anew if there is none; a finished run is not
+            repeated.
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint is another configuration's.
         DataError: the data are missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
         Interrupted: a signal arrived; a checkpoint was saved.
     """
+    if resume and (summary := finished(config)) is not None:
+        return summary
     return Trainer(config, resume=resume).run()

@@ -1,4 +1,4 @@
-"""Positional encodings, random states, atomic files and the log of a run."""
+"""Positional encodings, random states, atomic files and what a summary says of the machine."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
+def named_os_errors(path: str | Path) -> Iterator[None]:
+    """Let an OSError of a write, which knows no file (a full disk), say that it was `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears under its name whole, or not at all.
 
@@ -58,7 +68,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as handle:
+        with (
+            named_os_errors(path),
+            open(part, mode, encoding=None if "b" in mode else "utf-8") as handle,
+        ):
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -82,6 +95,15 @@ def peak_memory_mib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mib` count from now on, where the system can: CUDA and Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def versions() -> dict[str, str]:
@@ -114,61 +136,3 @@ def _commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-class RunLog:
-    """`metrics.jsonl` of a run, mirrored to Weights & Biases when asked to."""
-
-    def __init__(self, folder: Path, *, keep_until: int, wandb_run: Any = None) -> None:
-        """Open the log, dropping the lines past `keep_until` of the run that is resumed."""
-        self._path = folder / "metrics.jsonl"
-        self._wandb = wandb_run
-        if self._path.exists():
-            kept = [row for row in read_metrics(folder) if row["step"] <= keep_until]
-            with atomic_write(self._path, "w") as handle:
-                handle.writelines(json.dumps(row) + "\n" for row in kept)
-
-    def write(self, step: int, **values: Any) -> None:
-        """Append one line; it is on its way to the disk when this returns."""
-        with open(self._path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **values}) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-
-
-def start_wandb(folder: Path, *, project: str, name: str, config: dict[str, Any]) -> Any:
-    """A Weights & Biases run, the same one again when the run in `folder` is resumed.
-
-    Args:
-        folder: of the run; it keeps the id.
-        project, name: as W&B shows them.
-        config: all keys and values.
-    Returns:
-        The run, or None when it cannot start: W&B's absence must not end a training.
-    """
-    id_file = folder / "wandb_id"
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=project,
-            name=name,
-            config=config,
-            dir=folder,
-            id=id_file.read_text() if id_file.exists() else None,
-            resume="allow",
-        )
-        id_file.write_text(run.id)
-        return run
-    except Exception as error:
-        print(f"wandb is off: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
-        return None
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
-    rows = []
-    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows

@@ -1,0 +1,179 @@
+"""Using a trained model: evaluation of a checkpoint, and predictions for lines of input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError
+from dataloader import collate, evaluation_batches
+from lra_config import MODEL_KEYS, ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
+from lra_datasets import open_dataset
+from model import RMAAT, build_model
+from packing import DataError, PackedSplit, Tokenizer, load_splits
+from train import evaluate, resolve_device
+
+IMAGES = {"cifar10", "pathfinder32"}
+TAB_SEPARATED = {"listops", "aan"}  # where a tab is no part of a document
+
+
+def load_trained(
+    path: Path, config: Config | None = None, overrides: dict[str, Any] | None = None
+) -> RMAAT:
+    """The model of a checkpoint, on its device, in evaluation mode.
+
+    Args:
+        path: a `last.pt`, a `best.pt`, or a `.safetensors` beside its `config.json`.
+        config: the run; None takes the checkpoint's own, with `overrides` over it.
+        overrides: key to value, where `config` is None.
+    Raises:
+        CheckpointError: there is none at `path`, or it does not hold a model of ours.
+        ConfigError: the configuration asks for another model than the checkpoint's.
+    """
+    if path.suffix == ".safetensors":
+        state = checkpoint.load_exported(path)
+    else:
+        state = checkpoint.load(path)
+    if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
+        raise CheckpointError(f"{path}: holds no model and configuration; name a run's best.pt")
+    saved = make_config(state["config"], str(path))
+    if config is None:
+        config = make_config({**state["config"], **(overrides or {})}, str(path))
+    for key in MODEL_KEYS:
+        ours, theirs = getattr(config, key), getattr(saved, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}={ours!r} but {path} was trained with {key}={theirs!r}; set the same value, "
+                "or leave out --config"
+            )
+    model = build_model(config, state.get("vocabulary"))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{path}: its weights are another model's ({reason[:150]}); name another checkpoint"
+        ) from None
+    return model.to(resolve_device(config)).eval()
+
+
+def evaluate_splits(model: RMAAT) -> dict[str, Any]:
+    """Loss (nats), accuracy (fraction) and number of examples of the two held-out splits.
+
+    Raises:
+        DataError: the data are missing or damaged.
+    """
+    config, device = model.config, next(model.parameters()).device
+    reader = open_dataset(config)
+    reader.tokenizer = tokenizer_of(model)  # a word's id is what it was in training
+    splits = load_splits(reader)
+    result: dict[str, Any] = {}
+    for name in ("val", "test"):
+        metrics = evaluate(model, evaluation_batches(splits[name], config, device))
+        result |= {f"{name}_{key}": value for key, value in metrics._asdict().items()}
+    return result
+
+
+def tokenizer_of(model: RMAAT) -> Tokenizer:
+    """The tokenizer that the model was trained with.
+
+    Raises:
+        CheckpointError: a model of words came without its vocabulary.
+    """
+    kind = model.config.task.tokenizer
+    if kind is not WordTokenizer:
+        return kind()
+    if model.vocabulary is None:
+        raise CheckpointError(
+            f"the checkpoint holds no vocabulary, dataset={model.config.dataset} has words; train "
+            "again, or go on with --resume, to have it saved"
+        )
+    return WordTokenizer(model.vocabulary)
+
+
+@torch.inference_mode()
+def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[str, Any]]:
+    """Classify one example per line, `batch_size` at a time, in the order of the lines.
+
+    Args:
+        model: in evaluation mode.
+        lines: as `encode_line` reads them; a final line break is not part of a line.
+        source: what an error calls them.
+    Yields:
+        `class`, and `probabilities` of all classes.
+    Raises:
+        DataError: a line cannot be read; it is named by its row, from 1.
+    """
+    config, tokenizer = model.config, tokenizer_of(model)
+    device = next(model.parameters()).device
+
+    def examples() -> Iterator[tuple[np.ndarray, ...]]:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield encode_line(line.removesuffix(b"\n").removesuffix(b"\r"), config, tokenizer)
+            except ValueError as error:
+                raise DataError(f"{source} row {number}: {error}") from None
+
+    rows = examples()
+    while chunk := list(islice(rows, config.batch_size)):
+        lengths = np.array([[len(document) for document in documents] for documents in chunk])
+        split = PackedSplit(
+            tokens=np.concatenate([document for documents in chunk for document in documents]),
+            starts=lengths.cumsum().reshape(lengths.shape) - lengths,
+            lengths=lengths,
+            labels=np.zeros(len(chunk), np.int64),
+            offset=tokenizer.offset,
+        )
+        batch = collate(split, np.arange(len(chunk)), config, device)
+        probabilities = model(batch.tokens, batch.mask).float().softmax(dim=-1)
+        for row in probabilities:
+            yield {"class": int(row.argmax()), "probabilities": row.tolist()}
+
+
+def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
+    """The documents of one line of input, each (length,).
+
+    ListOps: an expression. Bytes and words: a text. Images: the grey values from 0 to 255, row by
+    row, separated by spaces. Pairs: two texts separated by a tab.
+
+    Raises:
+        ValueError: the line is none of that, or too long.
+    """
+    columns = line.split(b"\t") if config.dataset in TAB_SEPARATED else [line]
+    expected, limit = config.task.num_documents, config.document_len
+    if len(columns) != expected:
+        raise ValueError(f"has {len(columns)} tab-separated columns, expected {expected}")
+    documents = tuple(_encode(column, config, tokenizer) for column in columns)
+    for document in documents:
+        if not len(document):
+            raise ValueError("is empty; every line is one example")
+        if len(document) > limit:
+            raise ValueError(f"has {len(document)} tokens, the model reads {limit}; cut the line")
+    return documents
+
+
+def _encode(text: bytes, config: Config, tokenizer: Tokenizer) -> np.ndarray:
+    if config.dataset in IMAGES:
+        return _grey_values(text, config.task.max_seq_len)
+    if isinstance(tokenizer, ByteTokenizer):
+        return tokenizer.encode(text)
+    try:
+        return tokenizer.encode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def _grey_values(text: bytes, expected: int) -> np.ndarray:
+    values = text.split()
+    wrong = [v for v in values if not (v.isdigit() and int(v) <= 255)]
+    if wrong:
+        raise ValueError(f"{wrong[0].decode(errors='replace')!r} is no grey value from 0 to 255")
+    if len(values) != expected:
+        raise ValueError(f"has {len(values)} grey values, an image has {expected}")
+    return np.array(values, dtype=int).astype(np.uint8)

@@ -1,0 +1,100 @@
+"""The log of a run: `metrics.jsonl` always, Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lra_config import Config
+from utils import atomic_write, named_os_errors
+
+WANDB_TIMEOUT = 30.0  # seconds that the start and the end of a run wait for W&B
+
+
+class RunLog:
+    """`metrics.jsonl` of a run, mirrored to Weights & Biases when asked to."""
+
+    def __init__(self, config: Config, *, keep_until: int) -> None:
+        """Open the log, dropping the lines past step `keep_until` of the run that is resumed."""
+        self._path = config.run_dir / "metrics.jsonl"
+        if self._path.exists():
+            kept = [row for row in read_metrics(config.run_dir) if row["step"] <= keep_until]
+            with atomic_write(self._path, "w") as handle:
+                handle.writelines(json.dumps(row) + "\n" for row in kept)
+        self._mirror = WandbMirror(config) if config.wandb else None
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line; the operating system has it when this returns."""
+        with named_os_errors(self._path), open(self._path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **values}) + "\n")
+        if self._mirror is not None:
+            self._mirror.log(step, values)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Hand the summary to W&B and end its run."""
+        if self._mirror is not None:
+            self._mirror.finish(summary)
+
+
+class WandbMirror:
+    """A Weights & Biases run whose absence never ends a training.
+
+    The first thing that fails, the import included, is told in one line; all later calls do
+    nothing. A resumed run keeps its id, in `wandb_id` of the run's folder.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._run: Any = None
+        self._attempt(lambda: self._start(config))
+
+    def _start(self, config: Config) -> None:
+        import wandb
+
+        # To setup and not to init: the login comes before init has read its own settings.
+        wandb.setup(wandb.Settings(
+            silent=True, console="off", login_timeout=WANDB_TIMEOUT, init_timeout=WANDB_TIMEOUT,
+            finish_timeout=WANDB_TIMEOUT, finish_timeout_raises=True,
+        ))
+        id_file = config.run_dir / "wandb_id"
+        self._run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=config.wandb_run_name or config.run_name,
+            mode=config.wandb_mode,
+            config=config.model_dump(),
+            dir=config.run_dir,
+            id=id_file.read_text() if id_file.exists() else None,
+            resume="allow",
+        )
+        with atomic_write(id_file, "w") as handle:
+            handle.write(self._run.id)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._run.log(values, step=step))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._run.summary.update(summary))
+        if self._run is not None:
+            self._attempt(self._run.finish)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"wandb is off, the run goes on: {reason}", flush=True)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
