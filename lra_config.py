@@ -33,6 +33,7 @@ MODEL_KEYS = (
     "attention_type", "dim", "num_layers", "num_heads", "ffn_dim", "pooling",
     "position_embedding", "hebbian_astro", "hebbian_sigmoid", "hebbian_scale",
     "presynaptic_alpha", "presynaptic_normalize", "decay_scale",
+    "nystrom_landmarks", "nystrom_iterations", "nystrom_conv",
 )
 
 

@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import published
-from lra_config import Config, ConfigError, dump_config, load_config, read_mapping
+from lra_config import (
+    LOCAL_KEYS,
+    Config,
+    ConfigError,
+    dump_config,
+    load_config,
+    read_mapping,
+)
 from tables import Measured, ablation_table, accuracy_table, ratio_table
 from utils import atomic_write, write_json
 
@@ -50,10 +57,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
 REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
 
 # Keys that say where and how a run is carried out, and leave its outcome as it is.
-NO_PART_OF_THE_OUTCOME = {
-    "data_dir", "download", "device", "compile", "cuda_graphs", "output_dir", "run_name",
-    "log_interval", "checkpoint_interval", "stop_after_steps", "wandb", "wandb_project",
-    "wandb_run_name",
+NO_PART_OF_THE_OUTCOME = (LOCAL_KEYS - {"embedding_path"}) | {
+    "download", "compile", "cuda_graphs", "run_name", "log_interval", "checkpoint_interval",
+    "stop_after_steps",
 }
 
 
@@ -201,8 +207,7 @@ def train_cell(cell: Cell, machine: Mapping[str, str]) -> str | None:
     """
     run_dir = RUNS / cell.place
     command = cell.command(machine)
-    resume = ["--resume"] if (run_dir / "last.pt").exists() else []
-    error = run_logged([*command, *resume], run_dir.with_suffix(".log"))
+    error = run_logged([*command, "--resume"], run_dir.with_suffix(".log"))
     if error is None:
         store(cell, run_dir, command)
     return error
@@ -301,7 +306,7 @@ def measured_table(table: str, budget: str, device: str, tasks: Iterable[str]) -
         )
     return ratio_table(
         rows, lengths, value="tokens_per_second", unit="tokens/s", figures=published.THROUGHPUT,
-        figures_unit="x RMT", reference="RMT",
+        figures_unit=None, reference="RMT",
     )
 
 

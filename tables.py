@@ -111,7 +111,7 @@ def ablation_table(
 
 def ratio_table(
     measured: Sequence[Mapping[str, Any]], lengths: Mapping[str, int], *, value: str, unit: str,
-    figures: Mapping[str, Mapping[str, float | None]], figures_unit: str, reference: str,
+    figures: Mapping[str, Mapping[str, float | None]], figures_unit: str | None, reference: str,
 ) -> str:
     """Measurements at each task's length beside the published figures, as ratios to a system.
 
@@ -119,6 +119,7 @@ def ratio_table(
         measured: rows of `benchmark.py`; the key `value` is shown.
         lengths: tokens, by task.
         figures: published, by system and task.
+        figures_unit: None where they are ratios to `reference` already.
         reference: the system that ratios are taken to: of the same length, and where it was
             measured with several numbers of segments, of the same one.
     """
@@ -138,11 +139,12 @@ def ratio_table(
             rows.append([
                 published.TASKS[task], row["system"], f"{length:,}",
                 str(row.get("num_segments", "")), number(row.get(value), ",.0f"),
-                number(ours, ".2f"), number(figure, "g"), number(theirs, ".2f"),
-                number(difference(ours, theirs), "+.2f"),
+                number(ours, ".2f"), *([number(figure, "g")] if figures_unit else []),
+                number(theirs, ".2f"), number(difference(ours, theirs), "+.2f"),
             ])
     return markdown(
         ["task", "system", "tokens", "segments", f"ours, {unit}", f"ours / {reference}",
-         f"published, {figures_unit}", f"published / {reference}", "difference of the ratios"],
+         *([f"published, {figures_unit}"] if figures_unit else []), f"published / {reference}",
+         "difference of the ratios"],
         rows,
     )
