@@ -26,7 +26,7 @@ from execution import (
     uses_cuda_graphs,
 )
 from internals import inspect_model
-from lra_config import Config
+from lra_config import Config, ConfigError
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, autocast_dtype, build_model
 from optimization import build_optimizer, learning_rate_factor
@@ -118,6 +118,11 @@ class Trainer:
         # device, so that they do not make a step wait for it.
         self.running = torch.zeros(3, dtype=torch.float64, device=self.device)
         if state is not None:
+            if state["processes"] != self.processes.world_size:
+                raise ConfigError(
+                    f"{self.folder / 'last.pt'} was saved by {state['processes']} processes, these "
+                    f"are {self.processes.world_size}; resume with as many"
+                )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -318,7 +323,7 @@ class Trainer:
         checkpoint.save(
             self.folder / "last.pt",
             {**checkpoint.describe(self.model), "optimizer": self.optimizer.state_dict(),
-             "scaler": self.scaler.state_dict(),
+             "scaler": self.scaler.state_dict(), "processes": self.processes.world_size,
              "progress": dataclasses.asdict(self.progress), "running": self.running},
         )
 

@@ -1,0 +1,172 @@
+"""Several processes and accumulation: the steps of one process that takes the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, TINY, tiny_config
+
+import checkpoint
+from distributed import joined_processes
+from lra_config import Config, ConfigError, dump_config, make_config
+from run_log import read_metrics
+from train import Trainer
+
+GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+STEPS = 20
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def config_of(data_dir: Path, folder: Path, name: str, **changes) -> Config:
+    return tiny_config(
+        data_dir=str(data_dir), output_dir=str(folder), run_name=name, max_steps=STEPS,
+        bucket_by_length=True, eval_interval=10, checkpoint_interval=5, **changes,
+    )
+
+
+def relative(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a tensor, in units of its norm (of the whole where it is tiny)."""
+    whole = torch.stack([e.norm() for e in expected.values()]).norm()
+    return max(
+        float((actual[n] - e).norm() / max(e.norm(), 1e-3 * whole)) for n, e in expected.items()
+    )
+
+
+def first_gradients(config: Config, path: Path) -> None:
+    trainer = Trainer(config, resume=False)
+    trainer.train_step()
+    if trainer.is_writer:
+        torch.save({n: p.grad for n, p in trainer.model.named_parameters()}, path)
+
+
+def first_gradients_of_one_rank(rank: int, port: int, config: Config, path: Path) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    with joined_processes():
+        first_gradients(config, path)
+
+
+@pytest.mark.parametrize("replay", [True, False], ids=["AMRB", "BPTT"])
+def test_two_processes_of_half_the_batch_have_the_gradients_of_one(listops_dir, tmp_path, replay):
+    changes = {"grad_clip": 0.0, "memory_replay_backprop": replay}
+    first_gradients(
+        config_of(listops_dir, tmp_path, "one", batch_size=8, **changes), tmp_path / "one.pt"
+    )
+    halves = config_of(listops_dir, tmp_path, "two", batch_size=4, **changes)
+    mp.spawn(
+        first_gradients_of_one_rank, (free_port(), halves, tmp_path / "two.pt"), nprocs=2
+    )
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    assert relative(two, one) <= GRADIENT_TOLERANCE
+
+
+def test_accumulated_batches_have_the_gradients_of_one(listops_dir, tmp_path):
+    for name, changes in (
+        ("one", {"batch_size": 8}), ("four", {"batch_size": 2, "accumulate": 4}),
+    ):
+        config = config_of(listops_dir, tmp_path, name, grad_clip=0.0, **changes)
+        first_gradients(config, tmp_path / f"{name}.pt")
+    one, four = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "four"))
+    assert relative(four, one) <= GRADIENT_TOLERANCE
+
+
+def run_in_processes(count: int, *arguments: str, cwd: Path) -> subprocess.Popen:
+    """`run_train.py` under torchrun."""
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}",
+        f"--master_port={free_port()}",
+    ]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "run_train.py"), *arguments], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(listops_dir, tmp_path_factory) -> Path:
+    """The folder of a run of one process, batch 8."""
+    folder = tmp_path_factory.mktemp("one")
+    Trainer(config_of(listops_dir, folder, "run", batch_size=8), resume=False).run()
+    return folder / "run"
+
+
+def assert_follows(folder: Path, one: Path) -> None:
+    """The run in `folder` has the weights and metrics of the run `one`."""
+    weights, expected = (checkpoint.load(f / "last.pt")["model"] for f in (folder, one))
+    assert relative(weights, expected) <= WEIGHT_TOLERANCE
+    rows, expected_rows = read_metrics(folder), read_metrics(one)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for row, other in zip(rows, expected_rows, strict=True):
+        for key in row.keys() & {"loss", "accuracy", "val_loss", "val_accuracy"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-3), (row, other)
+
+
+def test_torchrun_follows_one_process(listops_dir, one_process, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config_of(listops_dir, tmp_path, "run", batch_size=4)))
+    # Interrupted by its own shorter length, then resumed, as a user would.
+    for extra in (["stop_after_steps=10"], ["--resume"]):
+        process = run_in_processes(2, "--config", str(path), *extra, cwd=tmp_path)
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert output.count("test_acc") == 1
+    assert_follows(tmp_path / "run", one_process)
+    with pytest.raises(ConfigError, match="2 processes"):
+        Trainer(config_of(listops_dir, tmp_path, "run", batch_size=4), resume=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["processes"] == 2 and summary["examples"]["test"] == 20
+    expected = json.loads((one_process / "summary.json").read_text())
+    assert summary["test_accuracy"] == pytest.approx(expected["test_accuracy"])
+
+
+def test_accumulation_follows_one_process(listops_dir, one_process, tmp_path):
+    config = config_of(listops_dir, tmp_path, "run", batch_size=2, accumulate=4)
+    Trainer(config, resume=False).run()
+    assert_follows(tmp_path / "run", one_process)
+
+
+def test_a_signal_to_torchrun_saves_one_checkpoint(listops_dir, tmp_path):
+    config = make_config({
+        **TINY, "data_dir": str(listops_dir), "output_dir": str(tmp_path), "run_name": "run",
+        "max_steps": 100_000, "checkpoint_interval": 100_000, "eval_interval": 100_000,
+    })
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    process = run_in_processes(2, "--config", str(path), cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("checkpoint saved") == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["step"] > 0
+
+
+def test_a_mistake_is_told_once_by_all_processes(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"dataset: aan\ndata_dir: {tmp_path}\n")
+    process = run_in_processes(2, "--config", str(path), cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("new_aan_pairs") == 1

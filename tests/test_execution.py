@@ -1,0 +1,185 @@
+"""Precision, compilation, CUDA graphs, runs that turn sick, and what one can see of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import run_cli, tiny_batch, tiny_config
+
+import checkpoint
+import execution
+from backprop import amrb_backward, bptt_backward
+from execution import GraphedBackward, compile_model, uses_compile, uses_cuda_graphs
+from internals import inspect_model
+from lra_config import dump_config
+from model import build_model
+from run_log import read_metrics
+from run_state import NonFiniteError
+from train import Trainer, train
+
+CPU = torch.device("cpu")
+COMPILED_TOLERANCE = 1e-4
+
+
+def run_config(tmp_path, listops_dir, **changes):
+    return tiny_config(
+        data_dir=str(listops_dir), output_dir=str(tmp_path), run_name="run", **changes
+    )
+
+
+def gradients(config, device="cpu", *, prepare=None, backward=amrb_backward):
+    """Gradients of one batch, from equal weights and an equal seed."""
+    torch.manual_seed(0)
+    model = build_model(config).to(device)
+    batch = tiny_batch(config, [40, 17, 9])
+    batch = type(batch)(*(x.to(device) for x in batch))
+    if prepare is not None:
+        backward = prepare(model, batch) or backward
+    torch.manual_seed(1)
+    backward(model, batch, 1.0)
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_equal_gradients(actual, expected, tolerance):
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= tolerance * whole, name
+
+
+def test_auto_keeps_the_cpu_eager(capsys):
+    config = tiny_config()
+    assert not uses_compile(config, CPU) and not uses_cuda_graphs(config, CPU)
+    assert capsys.readouterr().out == ""
+
+
+def test_graphs_that_cannot_work_say_so_in_one_line(capsys):
+    assert not uses_cuda_graphs(tiny_config(cuda_graphs=True), CPU)
+    assert capsys.readouterr().out == "cuda_graphs is off: it needs a CUDA device\n"
+
+
+def test_a_compiler_that_fails_leaves_the_run_eager(listops_dir, tmp_path, monkeypatch, capsys):
+    def broken(function, **_):
+        def call(*arguments):
+            raise RuntimeError("no working C++ compiler\nand a long story")
+        return call
+
+    monkeypatch.setattr(execution.torch, "compile", broken)
+    train(run_config(tmp_path, listops_dir, compile=True, max_steps=3))
+    assert "compile is off: no working C++ compiler\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_compiled_segment_has_the_eager_gradients(dropout):
+    config = tiny_config(dropout=dropout)
+
+    def prepare(model, batch):
+        eager = model.encode
+        compile_model(model, amrb_backward, batch)
+        assert model.encode is not eager
+
+    assert_equal_gradients(
+        gradients(config, prepare=prepare), gradients(config, backward=bptt_backward),
+        COMPILED_TOLERANCE,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("backward", [amrb_backward, bptt_backward])
+def test_a_graph_has_the_eager_gradients(dropout, backward):
+    config = tiny_config(dropout=dropout, precision="float32")
+    eager = gradients(config, "cuda", backward=backward)
+    graphed = GraphedBackward(backward)
+
+    def prepare(model, batch):
+        torch.manual_seed(1)
+        graphed(model, batch)  # captures
+        model.zero_grad(set_to_none=False)
+        return graphed
+
+    assert_equal_gradients(gradients(config, "cuda", prepare=prepare), eager, COMPILED_TOLERANCE)
+    assert graphed.enabled
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_trains_and_resumes(listops_dir, tmp_path, precision):
+    config = run_config(tmp_path, listops_dir, precision=precision, stop_after_steps=8)
+    train(config)
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert all(t.dtype == torch.float32 for t in state["model"].values())
+    assert bool(state["scaler"]) == (precision == "float16")
+    summary = train(run_config(tmp_path, listops_dir, precision=precision), resume=True)
+    assert summary.steps == 12
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def sicken(trainer: Trainer, at_step: int) -> None:
+    """Let the loss of one step be infinite."""
+    healthy = trainer.backward
+
+    def backward(model, batch, scale):
+        if trainer.progress.step + 1 == at_step:
+            scale = math.inf
+        result = healthy(model, batch, scale)
+        return result._replace(loss=result.loss * scale)
+
+    trainer.backward = backward
+
+
+def test_a_sick_step_stops_the_run_and_names_what_helps(listops_dir, tmp_path):
+    trainer = Trainer(run_config(tmp_path, listops_dir, warmup_steps=0), resume=False)
+    sicken(trainer, at_step=7)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.run()
+    message = str(caught.value)
+    assert "step 7" in message and "learning rate" in message
+    assert str(tmp_path / "run" / "last.pt") in message
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert state["progress"]["step"] == 4
+    assert all(t.isfinite().all() for t in trainer.model.state_dict().values())
+
+
+def test_a_sick_step_can_be_skipped(listops_dir, tmp_path, capsys):
+    trainer = Trainer(run_config(tmp_path, listops_dir, on_nonfinite="skip"), resume=False)
+    sicken(trainer, at_step=7)
+    summary = trainer.run()
+    assert summary.steps == 12 and summary.skipped_steps == 1
+    assert capsys.readouterr().out.count("step skipped") == 1
+    assert all(t.isfinite().all() for t in trainer.model.state_dict().values())
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_learning_rate_beyond_all_reason_ends_with_one_line(listops_dir, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(run_config(
+        tmp_path, listops_dir, learning_rate=1e30, lr_schedule="constant", warmup_steps=0,
+        grad_clip=0.0, weight_decay=0.0,
+    )))
+    result = run_cli("--config", str(path), cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "learning rate 1e+30" in result.stderr and "learning_rate" in result.stderr
+
+
+def test_internals_are_logged_on_request(listops_dir, tmp_path):
+    config = run_config(tmp_path, listops_dir, log_internals=True)
+    train(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    for row in rows:
+        assert row["gradient_norm"] > 0 and row["calcium_min"] > 0
+        assert row["memory_norm/1"] > row["memory_norm/2"]  # the retention factors fall
+
+
+def test_the_least_calcium_is_that_of_real_rows():
+    config = tiny_config(max_seq_len=40, num_segments=1, num_memory_tokens=0)
+    model = build_model(config)
+    batch = tiny_batch(config, [40, 17, 9])
+    other = batch.tokens.where(batch.mask, 3)
+    found = inspect_model(model, batch)
+    assert found == inspect_model(model, batch._replace(tokens=other))
+    assert set(found) == {"calcium_min"} and model.training
