@@ -7,6 +7,7 @@ its predecessor (arXiv 2312.10925).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,30 @@ from lra_config import Config
 KERNEL_CHUNK = 128  # rows that the position kernel mixes densely at a time
 
 
+class _FeatureMap(torch.autograd.Function):
+    """`feature_map` with the derivative min(phi, 1), so that autograd keeps phi and nothing else.
+
+    F.elu(x) + 1 is the same function; it takes twice the time on a CPU, and cancels to 0 for x
+    below -17 in float32.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (phi,) = ctx.saved_tensors
+        return gradient * phi.clamp(max=1)
+
+
 def feature_map(x: Tensor) -> Tensor:
-    """phi(x) = elu(x) + 1, positive."""
-    return F.elu(x) + 1
+    """phi(x) = elu(x) + 1, which is exp(x) below 0 and x + 1 above."""
+    return _FeatureMap.apply(x)
 
 
 def apply_position_kernel(x: Tensor, decay_scale: float) -> Tensor:

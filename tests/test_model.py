@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +37,16 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = FLOAT
 def double_model(config: Config, seed: int = 0):
     torch.manual_seed(seed)
     return build_model(config).double()
+
+
+def test_the_feature_map_is_elu_plus_one_and_never_zero():
+    x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
+    expected = F.elu(x) + 1
+    close(feature_map(x), expected)
+    (gradient,) = torch.autograd.grad(feature_map(x).square().sum(), x)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    close(gradient, expected_gradient)
+    assert (feature_map(torch.tensor([-80.0, -30.0])) > 0).all()
 
 
 def dense_reference(attention: Attention, config: Config, x, mask, positions) -> torch.Tensor:
