@@ -1,4 +1,8 @@
-"""Peak memory and step time of the ways to train: `python benchmark.py memory --json FILE`.
+"""Peak memory, throughput and scaling: `python benchmark.py memory|throughput|scaling --json FILE`.
+
+    memory       RMAAT by AMRB, by BPTT and by BPTT with torch.utils.checkpoint, RMT, Transformer
+    throughput   training speed of every system, and the share of the matrix-multiply rate
+    scaling      RMAAT by AMRB from 1,024 to 1,048,576 tokens
 
 Each row is measured in a process of its own, the systems in turn, `--repeats` times; a row states
 medians. Peak memory is the process's high-water mark during the steps minus what it held once
@@ -14,44 +18,116 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch
-from lra_config import Config, make_config
-from model import build_model
+from lra_config import Config, make_config, read_mapping
+from model import RMAAT, build_model
 from optimization import build_optimizer
-from train import amrb_backward, bptt_backward
-from utils import versions, write_json
+from utils import hardware, versions, write_json
 
 WARMUP_STEPS, TIMED_STEPS = 1, 3
+LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fewer
+SCALING_LENGTHS = [2**k for k in range(10, 21)]
+TABLES = Path(__file__).parent / "configs" / "tables"
 
 BASE = {
     "dataset": "listops", "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 512,
     "num_memory_tokens": 1, "batch_size": 4, "precision": "float32",
 }
-SYSTEMS = {
-    "RMAAT, AMRB": {"memory_replay_backprop": True},
-    "RMAAT, BPTT": {"memory_replay_backprop": False},
+# Name: file of overrides, further overrides.
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RMAAT, AMRB": ("rmaat", {}),
+    "RMAAT, BPTT": ("rmaat", {"memory_replay_backprop": False}),
+    "RMAAT, BPTT, checkpointed": ("rmaat", {"memory_replay_backprop": False}),
+    "RMAAT, AMRB, compiled": ("rmaat", {"compile": True}),
+    "RMT": ("rmt", {}),
+    "RLT": ("rlt", {}),
+    "AT": ("at", {}),
+    "Transformer": ("transformer", {}),
+    "Linear Transformer": ("linear_transformer", {}),
+    "Nystromformer": ("nystromformer", {}),
+    "Luna-256": ("luna", {}),
 }
+MEMORY_SYSTEMS = [
+    "RMAAT, AMRB", "RMAAT, BPTT", "RMAAT, BPTT, checkpointed", "RMT", "Transformer",
+]
+MEASURED = ("step_seconds", "peak_mib", "gflop")
 
 
-def benchmark_config(system: str, seq_len: int, num_segments: int, device: str) -> Config:
+def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
+    """BPTT that keeps each segment's inputs and runs it again: what one would otherwise use."""
+    positions, seed = model.positions(), model.dropout_seed()
+    segments, mask = model.split(batch.tokens, batch.mask)
+    memory = model.initial_memory(len(segments[0].tokens))
+    readouts = []
+    for index, segment in enumerate(segments):
+        memory, readout = checkpoint(
+            model.segment, segment.tokens, memory, index, segment.mask, positions, seed,
+            use_reentrant=False,
+        )
+        readouts.append(readout)
+    logits = model.head(model.combine(readouts, mask))
+    loss = F.cross_entropy(logits, batch.labels)
+    (scale * loss).backward()
+    return StepResult(loss.detach(), logits.detach())
+
+
+def benchmark_config(
+    system: str, seq_len: int, segment_len: int, device: str, batch_size: int
+) -> Config:
     """The configuration of one row."""
+    file, further = SYSTEMS[system]
     return make_config({
-        **BASE, **SYSTEMS[system], "max_seq_len": seq_len, "num_segments": num_segments,
-        "device": device,
+        **BASE, "max_seq_len": seq_len, "num_segments": max(seq_len // segment_len, 1),
+        **read_mapping(TABLES / f"{file}.yaml"), **further, "device": device,
+        "batch_size": batch_size, "position_embedding": "sinusoidal",
     })
 
 
-def measure(config: Config) -> dict[str, float]:
-    """Step time and peak memory of training `config` on random tokens, in this process.
+def random_batch(config: Config, length: int) -> Batch:
+    shape = (config.batch_size, length)
+    return Batch(
+        torch.randint(1, config.task.tokenizer.vocab_size, shape, device=config.device),
+        None,
+        torch.randint(config.task.num_classes, shape[:1], device=config.device),
+    )
+
+
+def count_flop(model: RMAAT, config: Config, batch: Batch) -> float | None:
+    """Multiplications and additions of matrix products in one step, the replay included.
+
+    None for the softmax systems: not every fused kernel of softmax attention is counted.
+    """
+    if config.attention_type not in ("astro", "linear"):
+        return None
+    with FlopCounterMode(display=False) as counter:
+        bptt_backward(model, batch)
+    flop = counter.get_total_flops()
+    if config.memory_replay_backprop:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(batch.tokens)
+        T = config.num_segments
+        flop += counter.get_total_flops() * (T - 1) / T  # the last segment runs once
+    return flop
+
+
+def measure(system: str, **row: Any) -> dict[str, float | None]:
+    """Train on random tokens in this process.
 
     Returns:
-        `step_seconds`, the median of the timed steps, and `peak_mib` above the model's own state.
+        `step_seconds`, the median of the timed steps, `peak_mib` above the model's own state, and
+        `gflop`, executed in the matrix products of a step.
     """
+    config = benchmark_config(system, **row)
     device = torch.device(config.device)
     torch.manual_seed(0)
     model = build_model(config).to(device)
@@ -59,15 +135,13 @@ def measure(config: Config) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates its state
-    shape = (config.batch_size, config.max_seq_len)
-    batch = Batch(
-        torch.randint(1, config.task.tokenizer.vocab_size, shape, device=device),
-        None,
-        torch.randint(config.task.num_classes, shape[:1], device=device),
-    )
+    if config.compile is True:
+        model.encode = torch.compile(model.encode, dynamic=False)
     backward = amrb_backward if config.memory_replay_backprop else bptt_backward
+    if system.endswith("checkpointed"):
+        backward = checkpointed_backward
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=False)
         backward(model, batch)
@@ -76,10 +150,40 @@ def measure(config: Config) -> dict[str, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
+    is_long = config.max_seq_len >= LONG
+    batch = random_batch(config, config.max_seq_len)
+    warm_up = random_batch(config, 2 * config.segment_len) if is_long else batch
+    if config.compile is True:
+        step(warm_up)  # the compiler's own memory is not the step's
     held = _reset_peak(device)
-    seconds = [step() for _ in range(WARMUP_STEPS + TIMED_STEPS)][WARMUP_STEPS:]
+    for _ in range(WARMUP_STEPS):
+        step(warm_up)
+    seconds = [step(batch) for _ in range(1 if is_long else TIMED_STEPS)]
     peak_mib = _peak_mib(device) - held
-    return {"step_seconds": statistics.median(seconds), "peak_mib": peak_mib}
+    flop = None if is_long or config.compile is True else count_flop(model, config, batch)
+    return {
+        "step_seconds": statistics.median(seconds), "peak_mib": peak_mib,
+        "gflop": None if flop is None else flop / 1e9,
+    }
+
+
+def matmul_gflop_per_second(device_name: str) -> float:
+    """The best rate of a product over the shapes of this model's own linear maps."""
+    device = torch.device(device_name)
+    D, F_ = BASE["dim"], BASE["ffn_dim"]
+    rows = BASE["batch_size"] * (512 + BASE["num_memory_tokens"])
+    best = 0.0
+    for fan_in, fan_out in ((D, 3 * D), (D, D), (D, F_), (F_, D)):
+        x, w = torch.randn(rows, fan_in, device=device), torch.randn(fan_in, fan_out, device=device)
+        for _ in range(10):
+            started = time.perf_counter()
+            for _ in range(20):
+                x @ w
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = (time.perf_counter() - started) / 20
+            best = max(best, 2 * rows * fan_in * fan_out / seconds / 1e9)
+    return best
 
 
 def _status_mib(field: str) -> float:
@@ -105,73 +209,235 @@ def _peak_mib(device: torch.device) -> float:
     return _status_mib("VmHWM")
 
 
-def measure_in_fresh_process(row: dict[str, Any]) -> dict[str, float]:
-    """`measure` in a child process."""
+def in_fresh_process(what: str, request: Any) -> Any:
+    """The answer of this file's hidden command `what`, from a child process."""
     child = subprocess.run(
-        [sys.executable, __file__, "row", json.dumps(row)], capture_output=True, text=True
+        [sys.executable, __file__, what, json.dumps(request)], capture_output=True, text=True
     )
     if child.returncode:
-        raise RuntimeError(f"{row['system']}: {child.stderr.strip().splitlines()[-1]}")
+        lines = child.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"killed by signal {-child.returncode}")
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def run_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """AMRB against BPTT on one long sequence length."""
-    requests = [
-        {"system": system, "seq_len": arguments.seq_len, "num_segments": arguments.num_segments,
-         "device": arguments.device}
-        for system in SYSTEMS
-    ]
-    measured: dict[str, list] = {system: [] for system in SYSTEMS}
-    for _ in range(arguments.repeats):
-        for request in requests:
-            measured[request["system"]].append(measure_in_fresh_process(request))
+def measure_in_turn(
+    requests: Sequence[dict[str, Any]], repeats: int, *, with_rate: bool
+) -> list[dict[str, Any]]:
+    """Medians over `repeats` rounds, each of which measures every request once.
+
+    A row that cannot be measured (no memory left) says so under `error`.
+
+    Args:
+        with_rate: add each row's `matmul_share`, its executed operations over the machine's own
+            rate, measured in every round too.
+    """
+    answers: list[list[dict[str, Any]]] = [[] for _ in requests]
+    errors: dict[int, str] = {}
+    rates = []
+    for _ in range(repeats):
+        if with_rate:
+            rates.append(in_fresh_process("rate", requests[0]["device"]))
+        for i, request in enumerate(requests):
+            if i in errors:
+                continue
+            try:
+                answers[i].append(in_fresh_process("row", request))
+            except RuntimeError as error:
+                errors[i] = str(error)
+            print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     rows = []
-    for request in requests:
-        results = measured[request["system"]]
-        medians = {
-            key: statistics.median(r[key] for r in results) for key in ("step_seconds", "peak_mib")
+    for i, (request, measured) in enumerate(zip(requests, answers, strict=True)):
+        config = benchmark_config(**request)
+        row = {
+            **request, "num_segments": config.num_segments, "segment_len": config.segment_len,
+            "torch": torch.__version__,
         }
-        tokens = BASE["batch_size"] * request["seq_len"]
-        rows.append({
-            **request, "batch_size": BASE["batch_size"], **medians,
-            "tokens_per_second": tokens / medians["step_seconds"], "torch": torch.__version__,
-        })
+        if i in errors:
+            rows.append({**row, "error": errors[i]})
+            continue
+        row |= {
+            key: statistics.median(m[key] for m in measured)
+            for key in MEASURED if measured[0][key] is not None
+        }
+        tokens = request["batch_size"] * request["seq_len"]
+        row["tokens_per_second"] = tokens / row["step_seconds"]
+        if with_rate and "gflop" in row:
+            row["matmul_share"] = row["gflop"] / row["step_seconds"] / statistics.median(rates)
+        rows.append(row)
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown: each row, and its ratios to the first."""
-    print("| system | tokens | segments | peak MiB | x first | step s | x first |")
-    print("|---|---|---|---|---|---|---|")
-    first = rows[0]
+def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every chosen system at every length, segments of one length."""
+    return measure_in_turn(
+        [
+            request(arguments, system, seq_len)
+            for seq_len in arguments.seq_lens for system in arguments.systems or MEMORY_SYSTEMS
+        ],
+        arguments.repeats, with_rate=False,
+    )
+
+
+def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every chosen system, with the share of the machine's matrix-multiply rate."""
+    return measure_in_turn(
+        [
+            request(arguments, system, seq_len)
+            for seq_len in arguments.seq_lens for system in arguments.systems or SYSTEMS
+        ],
+        arguments.repeats, with_rate=True,
+    )
+
+
+def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One sequence, ever longer."""
+    return measure_in_turn(
+        [
+            {**request(arguments, system, seq_len), "batch_size": 1}
+            for system in arguments.systems or ["RMAAT, AMRB"] for seq_len in arguments.seq_lens
+        ],
+        arguments.repeats, with_rate=False,
+    )
+
+
+def request(arguments: argparse.Namespace, system: str, seq_len: int) -> dict[str, Any]:
+    return {
+        "system": system, "seq_len": seq_len, "segment_len": arguments.segment_len,
+        "device": arguments.device, "batch_size": BASE["batch_size"],
+    }
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict], str]]) -> None:
+    """Markdown, a cell empty where its figure is missing."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
     for row in rows:
-        print(
-            f"| {row['system']} | {row['seq_len']} | {row['num_segments']} "
-            f"| {row['peak_mib']:.0f} | {row['peak_mib'] / first['peak_mib']:.2f} "
-            f"| {row['step_seconds']:.2f} | {row['step_seconds'] / first['step_seconds']:.2f} |"
-        )
+        cells = []
+        for text in columns.values():
+            try:
+                cells.append(text(row))
+            except KeyError:
+                cells.append("")
+        print("| " + " | ".join(cells) + " |")
+        if "error" in row:
+            print(f"{row['system']}, {row['seq_len']} tokens: {row['error']}", file=sys.stderr)
+
+
+def relative_to(
+    rows: Sequence[dict[str, Any]], system: str, key: str
+) -> Callable[[dict[str, Any]], str]:
+    """A column: `key` over that of `system` at the same length."""
+    reference = {row["seq_len"]: row[key] for row in rows if row["system"] == system and key in row}
+    return lambda row: f"{row[key] / reference[row['seq_len']]:.2f}"
+
+
+def report(what: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table of one command."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "system": lambda r: r["system"],
+        "tokens": lambda r: f"{r['seq_len']:,}",
+        "segments": lambda r: str(r["num_segments"]),
+    }
+    peak, step = (lambda r: f"{r['peak_mib']:,.0f}"), (lambda r: f"{r['step_seconds']:.2f}")
+    if what == "memory":
+        columns |= {
+            "peak MiB": peak, "x AMRB": relative_to(rows, "RMAAT, AMRB", "peak_mib"),
+            "step s": step, "x AMRB's time": relative_to(rows, "RMAAT, AMRB", "step_seconds"),
+        }
+    elif what == "throughput":
+        columns |= {
+            "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
+            "x RMT": relative_to(rows, "RMT", "tokens_per_second"),
+            "of the matmul rate": lambda r: f"{100 * r['matmul_share']:.0f} %",
+        }
+    else:
+        columns |= {
+            "step s": step, "us per token": lambda r: f"{1e6 / r['tokens_per_second']:.1f}",
+            "peak MiB": peak,
+        }
+    print_table(rows, columns)
+
+
+def plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time per token and peak memory over the length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = [row for row in rows if row["system"] == system and "error" not in row]
+        lengths = [row["seq_len"] for row in own]
+        time_axes.plot(lengths, [1e6 / row["tokens_per_second"] for row in own], "o-", label=system)
+        memory_axes.plot(lengths, [row["peak_mib"] for row in own], "o-")
+    time_axes.set(ylabel="time per token (us)")
+    memory_axes.set(ylabel="peak memory of a step (MiB)")
+    for axes in (time_axes, memory_axes):
+        axes.set(xscale="log", xlabel="tokens", ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    time_axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+COMMANDS = {
+    "memory": (memory, [1024, 2048, 4096, 8192]),
+    "throughput": (throughput, [8192]),
+    "scaling": (scaling, SCALING_LENGTHS),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = "{" + ",".join(COMMANDS) + "}"
+    commands = parser.add_subparsers(dest="what", required=True, metavar=names)
+    for name, (_, lengths) in COMMANDS.items():
+        command = commands.add_parser(name)
+        command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
+        command.add_argument("--seq_lens", nargs="+", type=int, default=lengths)
+        command.add_argument("--segment_len", type=int, default=512)
+        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
+    # One measurement, for the child process.
+    for name in ("row", "rate"):
+        commands.add_parser(name).add_argument("request", type=json.loads)
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="what", required=True)
-    memory = commands.add_parser("memory", help="AMRB against BPTT")
-    memory.add_argument("--seq_len", type=int, default=8192)
-    memory.add_argument("--num_segments", type=int, default=16)
-    memory.add_argument("--repeats", type=int, default=3)
-    memory.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    memory.add_argument("--json", type=Path, help="write the rows here")
-    child = commands.add_parser("row")  # one measurement, for the process itself
-    child.add_argument("request", type=json.loads)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     if arguments.what == "row":
-        print(json.dumps(measure(benchmark_config(**arguments.request))))
+        print(json.dumps(measure(**arguments.request)))
         return 0
-    rows = run_memory(arguments)
-    print_table(rows)
+    if arguments.what == "rate":
+        print(matmul_gflop_per_second(arguments.request))
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("benchmark.py: --device cuda, but torch sees no CUDA device", file=sys.stderr)
+        return 2
+    S = arguments.segment_len
+    for length in arguments.seq_lens:
+        if length % min(S, length):
+            print(
+                f"benchmark.py: --seq_lens {length} is no multiple of --segment_len {S}",
+                file=sys.stderr,
+            )
+            return 2
+    run, _ = COMMANDS[arguments.what]
+    rows = run(arguments)
+    report(arguments.what, rows)
     if arguments.json:
-        write_json(arguments.json, {"rows": rows, "threads": torch.get_num_threads(), **versions()})
+        write_json(arguments.json, {
+            "rows": rows, "hardware": hardware(torch.device(arguments.device)), **versions(),
+        })
+        if arguments.what == "scaling":
+            plot_scaling(rows, arguments.json.with_suffix(".png"))
     return 0
 
 

@@ -253,7 +253,8 @@ def run_cells(cells: Iterable[Cell], machine: Mapping[str, str], *, dry_run: boo
 
 
 def benchmark_file(table: str, budget: str, device: str) -> Path:
-    return RESULTS / "reproduce" / table / budget / f"{device}.json"
+    folder = Path("benchmark") if budget == "full" else Path("reproduce", table, budget)
+    return RESULTS / folder / f"{table}_{device}.json"
 
 
 def run_benchmark(
