@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -64,12 +67,10 @@ def test_a_redirected_log_holds_the_evaluations_and_the_result_alone(trained):
     assert (trained / "stderr").read_text() == ""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_dir):
-    import pty
-
     path = write_config(tmp_path, listops_dir)
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 160))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_train.py"), "--config", str(path)], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -86,8 +87,8 @@ def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_di
         shown += data
     os.close(master)
     assert process.wait(timeout=60) == 0
-    last = shown.decode().split("\r")[-1]
-    assert re.search(r"12/12 \[\d\d:\d\d<\d\d:\d\d.*loss=\d.*acc=\d.*tok/s=\d", last), last
+    bar = r"12/12 \[\d\d:\d\d<\d\d:\d\d.*loss=\d.*acc=\d.*tok/s=\d"
+    assert re.search(bar, shown.decode()), shown
 
 
 def stub_wandb(folder: Path, body: str) -> dict[str, str]:
@@ -417,7 +418,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     build_model(tiny_config(num_layers=1)).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "num_layers": 2}))
-    with pytest.raises(RuntimeError, match="layers.1"):
+    with pytest.raises(RuntimeError, match=r"layers\.1"):
         RMAAT.from_pretrained(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors.*another model"):
         predict.load_trained(tmp_path / "model.safetensors")
@@ -452,8 +453,7 @@ def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(tmp_path, li
     last = tmp_path / "runs/run/last.pt"
     before = last.read_bytes()
     result = limited(20_000, "--config", str(path), "--resume", cwd=tmp_path)
-    assert_refused(result, "best.pt" if "best.pt" in result.stderr else "last.pt",
-                   "could not be written", "previous checkpoint is kept")
+    assert_refused(result, "File too large", "the previous checkpoint is kept")
     assert last.read_bytes() == before
     assert not list(last.parent.glob("*.part"))
     assert run_cli("--config", str(path), "--resume", cwd=tmp_path).returncode == 0
@@ -464,9 +464,11 @@ def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
         tmp_path, seed=0, train=300, val=20, test=20, workers=1, min_length=9, max_length=41
     )
     path = write_config(tmp_path, tmp_path)
-    for size in (1_000, 5_000, 8_600):  # the stream, the tokens, the lengths: each too large
+    config = tiny_config(data_dir=str(tmp_path))
+    num_tokens = int(load_splits(open_dataset(config))["train"].lengths.sum())
+    shutil.rmtree(tmp_path / ".cache")
+    for size in (1_000, num_tokens):  # too little for the tokens, and for a header before them
         result = limited(size, "--config", str(path), cwd=tmp_path)
         assert_refused(result, "packed train split was not written", "free some space")
         assert not list((tmp_path / ".cache").iterdir())
-    splits = load_splits(open_dataset(tiny_config(data_dir=str(tmp_path))))
-    assert len(splits["train"]) == 300
+    assert len(load_splits(open_dataset(config))["train"]) == 300
