@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import re
 import resource
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import termios
@@ -70,7 +72,7 @@ def test_a_redirected_log_holds_the_evaluations_and_the_result_alone(trained):
 def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
     master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 160))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))  # rows, columns
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_train.py"), "--config", str(path)], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "OMP_NUM_THREADS": "1"},
