@@ -192,16 +192,13 @@ class Trainer:
     def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
         """Make the run's folder, or find the state to resume from in it."""
         last = self.folder / "last.pt"
-        if last.exists():
-            if not resume:
-                raise ConfigError(
-                    f"{self.folder} holds a checkpoint; add --resume to go on from it, or set "
-                    "another run_name"
-                )
+        if not resume:
+            check_unclaimed(self.config)
+        elif last.exists():
             state = checkpoint.load(last, self.device)
             _check_resumable(self.config, state["config"], last)
             return state
-        if resume:
+        else:
             print(f"{last}: no checkpoint yet, the run starts anew", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in ("metrics.jsonl", "summary.json"):
@@ -379,6 +376,15 @@ def _caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def check_unclaimed(config: Config) -> None:
+    """Raise ConfigError if the run's folder already holds a checkpoint."""
+    if (config.run_dir / "last.pt").exists():
+        raise ConfigError(
+            f"{config.run_dir} holds a checkpoint; add --resume to go on from it, or set another "
+            "run_name"
+        )
 
 
 def finished(config: Config) -> Summary | None:
