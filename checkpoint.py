@@ -39,10 +39,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         with atomic_write(path) as handle:
             torch.save(state, handle)
-    # torch's zip writer turns a full disk into a RuntimeError.
+    # torch's zip writer covers the OSError of a full disk with a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is kept" if path.exists() else "no checkpoint exists yet"
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise CheckpointError(f"{path}: could not be written ({reason}); {kept}") from error
 
 

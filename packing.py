@@ -143,8 +143,8 @@ def _load_part(reader: Reader, part: str) -> PackedSplit:
             _pack(reader, part, folder)
         except OSError as error:
             raise DataError(
-                f"{error.filename or folder}: {error.strerror}; the packed {part} split was not "
-                "written, free some space or set another data_dir"
+                f"{error.filename or folder}: {error.strerror or error}; the packed {part} split "
+                "was not written, free some space or set another data_dir"
             ) from error
     info = json.loads((folder / "info.json").read_text())
     reader.skipped += info["skipped"]

@@ -70,6 +70,15 @@ class Progress:
     unlogged_examples: int = 0
 
 
+def check_unclaimed(config: Config) -> None:
+    """Raise ConfigError if the run's folder already holds a checkpoint."""
+    if (config.run_dir / "last.pt").exists():
+        raise ConfigError(
+            f"{config.run_dir} holds a checkpoint; add --resume to go on from it, or set another "
+            "run_name"
+        )
+
+
 def claim_folder(config: Config, device: torch.device, *, resume: bool) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to resume from in it.
 
@@ -78,16 +87,13 @@ def claim_folder(config: Config, device: torch.device, *, resume: bool) -> dict[
         CheckpointError: the checkpoint cannot be read.
     """
     last = config.run_dir / "last.pt"
-    if last.exists():
-        if not resume:
-            raise ConfigError(
-                f"{config.run_dir} holds a checkpoint; add --resume to go on from it, or set "
-                "another run_name"
-            )
+    if not resume:
+        check_unclaimed(config)
+    elif last.exists():
         state = checkpoint.load(last, device)
         check_resumable(config, state["config"], last)
         return state
-    if resume:
+    else:
         log_line(f"{last}: no checkpoint yet, the run starts anew")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     for stale in ("metrics.jsonl", "summary.json"):

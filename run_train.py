@@ -73,7 +73,7 @@ def main() -> int:
         sys.stdout = open(os.devnull, "w")
         return 0
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
+        return fail(f"{error.filename}: {error.strerror or error}" if error.filename else error, 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except Interrupted as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lra_config import Config, ConfigError, make_config, parse_overrides, read_mapping
-from run_state import Summary
+from run_state import Summary, check_unclaimed
 from train import train
 from utils import log_line
 
@@ -64,12 +64,9 @@ def run_sweep(configs: Sequence[Config], *, resume: bool) -> list[Summary]:
         ConfigError: without `resume`, one of the folders already holds a run.
         What `train` raises: the first failure ends the sweep.
     """
-    for config in configs:
-        if not resume and (config.run_dir / "last.pt").exists():
-            raise ConfigError(
-                f"{config.run_dir} holds a checkpoint; add --resume to go on with the sweep, or "
-                "set another run_name"
-            )
+    if not resume:  # before the first run, not hours later
+        for config in configs:
+            check_unclaimed(config)
     summaries = []
     for number, config in enumerate(configs, start=1):
         log_line(f"run {number} of {len(configs)}: {config.run_dir}")

@@ -41,12 +41,15 @@ def tiny_batch(config: Config, lengths: list[int] | None = None, seed: int = 0) 
     return Batch(tokens, torch.arange(L) < torch.tensor(lengths)[:, None], labels)
 
 
-def run_cli(*arguments: str, cwd: Path, check: bool = False) -> subprocess.CompletedProcess:
-    """`run_train.py` as a user calls it, from the folder `cwd`."""
+def run_cli(
+    *arguments: str, cwd: Path, check: bool = False, stdin: str = "",
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """`run_train.py` as a user calls it, from the folder `cwd`; `env` adds to the environment."""
     return subprocess.run(
         [sys.executable, str(ROOT / "run_train.py"), *arguments],
-        cwd=cwd, capture_output=True, text=True, check=check, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd, capture_output=True, text=True, check=check, timeout=300, input=stdin,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )
 
 
