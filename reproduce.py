@@ -47,7 +47,7 @@ TRAINED, MEASURED = ("accuracy", "ablations"), ("memory", "throughput")
 BUDGETS: dict[str, dict[str, Any]] = {
     "full": {},
     # A whole schedule of its own: about five minutes of RMAAT on ListOps on one CPU core.
-    "short": {"max_steps": 400, "warmup_steps": 100, "eval_interval": 100},
+    "short": {"max_steps": 300, "warmup_steps": 100, "eval_interval": 100},
     # Proves the path and no more.
     "smoke": {
         "max_steps": 3, "warmup_steps": 1, "eval_interval": 3, "batch_size": 8, "dim": 16,
