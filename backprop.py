@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dataloader import Batch
 from model import RMAAT
+from utils import release_freed_memory
 
 
 class StepResult(NamedTuple):
@@ -19,20 +20,25 @@ class StepResult(NamedTuple):
     logits: Tensor  # (B, C), detached
 
 
-def bptt_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> StepResult:
+def bptt_backward(
+    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+) -> StepResult:
     """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
 
     Args:
         batch: tokens (B, L), mask (B, L) or None, labels (B,).
         scale: factor on the gradients, for accumulation and for float16.
+        seed: of the dropout masks; None draws one, if any is needed.
     """
-    logits = model(batch.tokens, batch.mask)
+    logits = model(batch.tokens, batch.mask, seed)
     loss = F.cross_entropy(logits, batch.labels)
     (scale * loss).backward()
     return StepResult(loss.detach(), logits.detach())
 
 
-def amrb_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> StepResult:
+def amrb_backward(
+    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+) -> StepResult:
     """Add the gradients of the mean loss to `.grad`, holding one segment's activations at a time.
 
     The gradients are those of `bptt_backward`. The first pass keeps the T memories (B, M, D) that
@@ -42,6 +48,7 @@ def amrb_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> St
     Args:
         batch: tokens (B, L), mask (B, L) or None, labels (B,).
         scale: factor on the gradients, for accumulation and for float16.
+        seed: of the dropout masks; None draws one, if any is needed.
     Source: RMAAT, astrocytic memory replay backpropagation (PAPER 1.3).
     """
     segments, mask = model.split(batch.tokens, batch.mask)
@@ -50,7 +57,8 @@ def amrb_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> St
     positions = model.positions()
     # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
     shared = None if positions is None else _leaf(positions)
-    seed = model.dropout_seed()  # one for both passes: the replay drops what the first pass dropped
+    if seed is None:
+        seed = model.dropout_seed()  # one for both passes: the replay drops what the first one did
 
     def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         tokens, segment_mask = segments[index]
@@ -63,6 +71,7 @@ def amrb_backward(model: RMAAT, batch: Batch, scale: float | Tensor = 1.0) -> St
             replay_buffer.append(memory)
             memory, readout = run(index, memory)
             readouts.append(readout)
+    release_freed_memory(batch.tokens.device)
     memory_in = _leaf(memory)
     memory_out, readout = run(last, memory_in)
 

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch
+from execution import GraphedBackward
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from optimization import build_optimizer
@@ -49,6 +50,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "RMAAT, BPTT": ("rmaat", {"memory_replay_backprop": False}),
     "RMAAT, BPTT, checkpointed": ("rmaat", {"memory_replay_backprop": False}),
     "RMAAT, AMRB, compiled": ("rmaat", {"compile": True}),
+    "RMAAT, AMRB, CUDA graphs": ("rmaat", {"cuda_graphs": True}),
     "RMT": ("rmt", {}),
     "RLT": ("rlt", {}),
     "AT": ("at", {}),
@@ -140,6 +142,8 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     backward = amrb_backward if config.memory_replay_backprop else bptt_backward
     if system.endswith("checkpointed"):
         backward = checkpointed_backward
+    if system.endswith("CUDA graphs"):
+        backward = GraphedBackward(backward)
 
     def step(batch: Batch) -> float:
         started = time.perf_counter()
@@ -153,8 +157,8 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     is_long = config.max_seq_len >= LONG
     batch = random_batch(config, config.max_seq_len)
     warm_up = random_batch(config, 2 * config.segment_len) if is_long else batch
-    if config.compile is True:
-        step(warm_up)  # the compiler's own memory is not the step's
+    # What libraries and the compiler load on their first call is not the step's.
+    step(warm_up if config.compile is True else Batch(batch.tokens[:1, :8], None, batch.labels[:1]))
     held = _reset_peak(device)
     for _ in range(WARMUP_STEPS):
         step(warm_up)
@@ -284,10 +288,15 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return measure_in_turn(
         [
             request(arguments, system, seq_len)
-            for seq_len in arguments.seq_lens for system in arguments.systems or SYSTEMS
+            for seq_len in arguments.seq_lens
+            for system in arguments.systems or speed_systems(arguments.device)
         ],
         arguments.repeats, with_rate=True,
     )
+
+
+def speed_systems(device: str) -> list[str]:
+    return [system for system in SYSTEMS if device == "cuda" or "CUDA" not in system]
 
 
 def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -402,7 +411,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
         command.add_argument("--seq_lens", nargs="+", type=int, default=lengths)
         command.add_argument("--segment_len", type=int, default=512)
-        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--repeats", type=int, choices=range(1, 100), default=3, metavar="N")
         command.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
     # One measurement, for the child process.
     for name in ("row", "rate"):
@@ -433,6 +442,7 @@ def main() -> int:
     rows = run(arguments)
     report(arguments.what, rows)
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, {
             "rows": rows, "hardware": hardware(torch.device(arguments.device)), **versions(),
         })

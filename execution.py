@@ -5,8 +5,9 @@ Every `auto` of the configuration is resolved here; what cannot work falls back 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +18,32 @@ from lra_config import Config, ConfigError
 from model import RMAAT, autocast_dtype
 from utils import log_line
 
-Backward = Callable[[RMAAT, Batch, "float | Tensor"], StepResult]
+Backward = Callable[..., StepResult]  # (model, batch, scale, seed)
 
 WARMUP_RUNS = 2
 # Of the gradient's norm: rounding (atomic sums in bfloat16) stays below, a wrong graph does not.
 GRAPH_TOLERANCE = 0.02
+RECOMPILE_LIMIT = 64  # forms of one segment: passes, masks, the last batches of evaluations
 
 
 def resolve_device(config: Config) -> torch.device:
     """The device of the run; under `torchrun`, this process's own.
 
     Raises:
-        ConfigError: `device: cuda` on a machine without one.
+        ConfigError: `device: cuda` on a machine without one, or more processes than devices.
     """
-    present = torch.cuda.is_available()
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and not present:
         raise ConfigError("device='cuda' but torch sees no CUDA device; set device to cpu or auto")
-    if present and config.device != "cpu":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if not present or config.device == "cpu":
+        return torch.device("cpu")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > present:
+        raise ConfigError(
+            f"{processes} processes share {present} CUDA devices; start as many as there are "
+            "devices, or set device=cpu"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def uses_compile(config: Config, device: torch.device) -> bool:
@@ -61,22 +69,39 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> None:
     Args:
         batch: of the run's shapes, for the trial step that compiles both passes.
     """
+    torch._dynamo.reset()  # an earlier run of this process has left its own forms
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     eager = model.encode
-    model.encode = torch.compile(eager, dynamic=False)
-    try:
-        backward(model, batch, 1.0)
-    # Missing compilers, unsupported devices and its own defects raise without a common class.
-    except Exception as error:
+    compiled = torch.compile(eager, dynamic=False)
+
+    def give_up(error: Exception) -> None:
         model.encode = eager
         log_line(f"compile is off: {_first_line(error)}")
+
+    def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
+        try:
+            return compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        # Missing compilers, devices and its own defects raise without a common class.
+        except Exception as error:
+            give_up(error)
+            return eager(*arguments)
+
+    model.encode = encode
+    try:
+        backward(model, batch)
+    except Exception as error:  # of compiling the backward pass
+        give_up(error)
     model.zero_grad()
 
 
 class Capture(NamedTuple):
-    """A captured step: replaying `graph` turns what is in `batch` into `result` and gradients."""
+    """A captured step: replaying `graph` turns batch and seed into `result` and gradients."""
 
     graph: torch.cuda.CUDAGraph
     batch: Batch
+    seed: Tensor | None
     result: StepResult
 
 
@@ -96,66 +121,80 @@ class GraphedBackward:
 
     def __call__(self, model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
         """Add the gradients of `scale` times the mean loss to `.grad`."""
+        # Drawn outside of the graph, which would repeat its own draw.
+        seed = model.dropout_seed()
         key = (batch.tokens.shape, batch.mask is None, scale, model.training)
         if self.enabled and key not in self.captures:
-            try:
-                self.captures[key] = self._capture(model, batch, scale)
-            except RuntimeError as error:
-                self.enabled = False
-                self.captures.clear()
-                log_line(f"cuda_graphs is off: {_first_line(error)}")
-        if not self.enabled:
-            return self.backward(model, batch, scale)
+            self._try_capture(key, model, batch, scale, seed)
+        if key not in self.captures:
+            return self.backward(model, batch, scale, seed)
         capture = self.captures[key]
-        for static, value in zip(capture.batch, batch, strict=True):
+        for static, value in zip((*capture.batch, capture.seed), (*batch, seed), strict=True):
             if static is not None:
                 static.copy_(value)
         capture.graph.replay()
         return StepResult(*(x.clone() for x in capture.result))
 
-    def _capture(self, model: RMAAT, batch: Batch, scale: float) -> Capture:
-        """Record the step on copies of `batch`; leave gradients and random state as they were."""
-        device = batch.tokens.device
+    def _try_capture(
+        self, key: tuple, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None
+    ) -> None:
+        """Capture one form of the step, and leave the gradients as they were."""
         parameters = list(model.parameters())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         kept = [p.grad.clone() for p in parameters]
-        rng_state = torch.cuda.get_rng_state(device)
+        stream = torch.cuda.current_stream()
+        try:
+            capture = self._capture(model, batch, scale, seed)
+            if capture is not None:
+                self.captures[key] = capture
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture can leave its own one current
+            self.enabled = False
+            self.captures.clear()
+            log_line(f"cuda_graphs is off: {_first_line(error.__context__ or error)}")
+        finally:
+            for p, gradient in zip(parameters, kept, strict=True):
+                p.grad.copy_(gradient)
+
+    def _capture(
+        self, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None
+    ) -> Capture | None:
+        """Record the step on copies of batch and seed; None where the batch itself is sick.
+
+        Raises:
+            RuntimeError: the step cannot be captured, or its replay computes something else.
+        """
         static = Batch(*(None if x is None else x.clone() for x in batch))
-
-        def fresh() -> None:
-            model.zero_grad(set_to_none=False)
-            torch.cuda.set_rng_state(rng_state, device)
-
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        static_seed = None if seed is None else seed.clone()
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARMUP_RUNS):
-                fresh()
-                self.backward(model, static, scale)
-        torch.cuda.current_stream(device).wait_stream(side)
-        eager = _flat_gradient(parameters)
+                model.zero_grad(set_to_none=False)
+                self.backward(model, static, scale, static_seed)
+        main.wait_stream(side)
+        eager = _flat_gradient(model)
+        if not bool(eager.isfinite().all()):
+            return None
 
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self.captures.values()), None)
-        fresh()
+        model.zero_grad(set_to_none=False)
         with torch.cuda.graph(graph, pool=pool):
-            result = self.backward(model, static, scale)
-        fresh()
+            result = self.backward(model, static, scale, static_seed)
+        model.zero_grad(set_to_none=False)
         graph.replay()
-        difference = (_flat_gradient(parameters) - eager).norm() / eager.norm()
-        fresh()
-        for p, gradient in zip(parameters, kept, strict=True):
-            p.grad.copy_(gradient)
+        difference = float((_flat_gradient(model) - eager).norm() / eager.norm())
         if not difference <= GRAPH_TOLERANCE:
-            raise RuntimeError(f"its gradients differ from eager ones by {float(difference):.1e}")
-        return Capture(graph, static, result)
+            raise RuntimeError(f"its gradients differ from eager ones by {difference:.1e}")
+        return Capture(graph, static, static_seed, result)
 
 
-def _flat_gradient(parameters: list[Tensor]) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in parameters])
+def _flat_gradient(model: RMAAT) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

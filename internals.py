@@ -10,6 +10,8 @@ from dataloader import Batch
 from model import RMAAT
 
 
+# Compiled forms would leave the hooks out.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
     """Run one batch without dropout and look inside.

@@ -119,18 +119,23 @@ class RMAAT(
         head_dim = config.dim if self.num_encoded == 1 else 4 * config.dim
         self.head = nn.Linear(head_dim, config.task.num_classes)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, seed: Tensor | None = None
+    ) -> Tensor:
         """Classify sequences; autograd through this call is BPTT.
 
         Args:
             tokens: (B, L) integer ids, L at most `max_seq_len`.
             mask: (B, L) bool, True at real tokens; None if nothing is padded.
+            seed: what `dropout_seed()` returned; None draws one here, if any is needed.
         Returns:
             Logits (B, C).
         Raises:
             ValueError: L is 0 or exceeds `max_seq_len`, or the mask has another shape.
         """
-        positions, seed = self.positions(), self.dropout_seed()
+        positions = self.positions()
+        if seed is None:
+            seed = self.dropout_seed()
         segments, mask = self.split(tokens, mask)
         memory = self.initial_memory(len(segments[0].tokens))
         readouts = []
@@ -170,8 +175,11 @@ class RMAAT(
         mask = None if mask is None else mask.reshape(tokens.shape)
         if mask is None and tokens.shape[1] % self.segment_len:
             mask = torch.ones_like(tokens, dtype=torch.bool)
-        pieces = tokens.split(self.segment_len, dim=1)
-        masks = [None] * len(pieces) if mask is None else mask.split(self.segment_len, dim=1)
+        # Contiguous: a compiled segment is specialised to strides, those of a view are L's.
+        pieces = [x.contiguous() for x in tokens.split(self.segment_len, dim=1)]
+        masks = [None] * len(pieces)
+        if mask is not None:
+            masks = [x.contiguous() for x in mask.split(self.segment_len, dim=1)]
         return [Segment(*pair) for pair in zip(pieces, masks, strict=True)], mask
 
     def positions(self) -> Tensor | None:
@@ -185,7 +193,7 @@ class RMAAT(
 
     def initial_memory(self, batch_size: int) -> Tensor:
         """mem_1, the learned first memory, (B, M, D)."""
-        return self.memory.expand(batch_size, -1, -1)
+        return self.memory.repeat(batch_size, 1, 1)
 
     def dropout_seed(self) -> Tensor | None:
         """The seed () of one step's dropout masks; None where nothing is dropped."""
@@ -200,7 +208,7 @@ class RMAAT(
         positions: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode one segment. Pure: the same arguments give the same result.
+        """Encode one segment. Pure: the same arguments give the same result, `seed` among them.
 
         Args:
             tokens: (B, S) integer ids; fewer than S columns stand for a shorter last segment.
@@ -344,7 +352,11 @@ class RMAAT(
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The lower precision to compute in, or None for the weights' own."""
     if precision == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -142,14 +143,24 @@ def _load_part(reader: Reader, part: str) -> PackedSplit:
         try:
             _pack(reader, part, folder)
         except OSError as error:
+            advice = "restore the file"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
+                advice = "free some space or set another data_dir"
             raise DataError(
                 f"{error.filename or folder}: {error.strerror or error}; the packed {part} split "
-                "was not written, free some space or set another data_dir"
+                f"was not written, {advice}"
             ) from error
+    try:
+        return _read_packed(reader, folder)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"{folder}: damaged ({error}); remove the folder") from None
+
+
+def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
     info = json.loads((folder / "info.json").read_text())
-    reader.skipped += info["skipped"]
     lengths = np.load(folder / "lengths.npy")  # (E, K)
     ends = lengths.cumsum().reshape(lengths.shape)
+    reader.skipped += info["skipped"]
     return PackedSplit(
         tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
         starts=ends - lengths,

@@ -13,6 +13,7 @@ import torch
 import checkpoint
 from checkpoint import CheckpointError
 from dataloader import collate, evaluation_batches
+from distributed import current_processes
 from execution import resolve_device
 from lra_config import MODEL_KEYS, ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
 from lra_datasets import open_dataset
@@ -71,12 +72,18 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
         DataError: the data are missing or damaged.
     """
     config, device = model.config, next(model.parameters()).device
-    reader = open_dataset(config)
-    reader.tokenizer = tokenizer_of(model)  # a word's id is what it was in training
-    splits = load_splits(reader)
+    processes = current_processes()
+
+    def load() -> dict[str, PackedSplit]:
+        reader = open_dataset(config)
+        reader.tokenizer = tokenizer_of(model)  # a word's id is what it was in training
+        return load_splits(reader)
+
+    splits = processes.first_alone(load)
     result: dict[str, Any] = {}
     for name in ("val", "test"):
-        metrics = evaluate(model, evaluation_batches(splits[name], config, device))
+        batches = evaluation_batches(splits[name], config, device, processes)
+        metrics = evaluate(model, batches, processes)
         result |= {f"{name}_{key}": value for key, value in metrics._asdict().items()}
     return result
 

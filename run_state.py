@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import checkpoint
+from distributed import current_processes
 from lra_config import LOCAL_KEYS, Config, ConfigError, dump_config, load_config
 from utils import atomic_write, log_line
+
+STATE_KEYS = {"model", "optimizer", "scaler", "processes", "progress", "running", "config"}
 
 
 class Interrupted(Exception):
@@ -79,7 +80,30 @@ def check_unclaimed(config: Config) -> None:
         )
 
 
-def claim_folder(config: Config, device: torch.device, *, resume: bool) -> dict[str, Any] | None:
+def load_state(config: Config) -> dict[str, Any]:
+    """The state in the run's `last.pt`, on the CPU: an optimizer's step counts must not leave it.
+
+    Raises:
+        ConfigError: the checkpoint is another configuration's, or of another number of processes.
+        CheckpointError: it cannot be read.
+    """
+    last = config.run_dir / "last.pt"
+    state = checkpoint.load(last)
+    if not isinstance(state, dict) or not STATE_KEYS <= state.keys():
+        raise checkpoint.CheckpointError(
+            f"{last}: not a checkpoint that this version goes on from; set another run_name"
+        )
+    check_resumable(config, state["config"], last)
+    here = current_processes().world_size
+    if state["processes"] != here:
+        raise ConfigError(
+            f"{last} was saved by {state['processes']} processes, these are {here}; resume with "
+            "as many"
+        )
+    return state
+
+
+def claim_folder(config: Config, *, resume: bool) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to resume from in it.
 
     Raises:
@@ -90,9 +114,7 @@ def claim_folder(config: Config, device: torch.device, *, resume: bool) -> dict[
     if not resume:
         check_unclaimed(config)
     elif last.exists():
-        state = checkpoint.load(last, device)
-        check_resumable(config, state["config"], last)
-        return state
+        return load_state(config)
     else:
         log_line(f"{last}: no checkpoint yet, the run starts anew")
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from checkpoint import CheckpointError
-from distributed import FirstProcessFailed, is_first_process, joined_processes
+from distributed import (
+    FirstProcessFailed,
+    current_processes,
+    is_first_process,
+    joined_processes,
+)
 from lra_config import ConfigError, load_config, single_values
 from model import RMAAT
 from packing import DataError
@@ -65,15 +72,18 @@ def main() -> int:
     try:
         with joined_processes():
             run(arguments)
-    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, NonFiniteError) as error:
         return fail(error, 2)
+    except (DataError, CheckpointError) as error:
+        return fail(error, 2, by_all=False)
     except FirstProcessFailed:
         return 2
     except BrokenPipeError:  # the reader of the predictions has had enough
         sys.stdout = open(os.devnull, "w")
         return 0
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror or error}" if error.filename else error, 2)
+        reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
+        return fail(reason, 2, by_all=False)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except Interrupted as error:
@@ -81,8 +91,9 @@ def main() -> int:
     return 0
 
 
-def fail(reason: object, exit_status: int) -> int:
-    if is_first_process():
+def fail(reason: object, exit_status: int, *, by_all: bool = True) -> int:
+    """Say why, once: of several processes that all fail alike (`by_all`) the first one speaks."""
+    if is_first_process() or not by_all:
         print(f"run_train.py: {reason}", file=sys.stderr)
     return exit_status
 
@@ -90,6 +101,8 @@ def fail(reason: object, exit_status: int) -> int:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.eval_only and arguments.predict:
         raise ConfigError("--eval_only and --predict exclude each other; give one of them")
+    if arguments.predict and current_processes().world_size > 1:
+        raise ConfigError("--predict works in one process; start it without torchrun")
     if arguments.eval_only:
         print_evaluation(trained_model(arguments))
     elif arguments.predict:
@@ -130,12 +143,12 @@ def print_training(arguments: argparse.Namespace) -> None:
 def print_evaluation(model: RMAAT) -> None:
     result = evaluate_splits(model)
     for split in ("val", "test"):
-        print(
+        log_line(
             f"{split}_loss {result[f'{split}_loss']:.4f}  "
             f"{split}_acc {result[f'{split}_accuracy']:.4f}  "
             f"({result[f'{split}_examples']:,} examples)"
         )
-    print(json.dumps(result))
+    log_line(json.dumps(result))
 
 
 def print_predictions(model: RMAAT, source: str) -> None:
@@ -149,4 +162,9 @@ def print_predictions(model: RMAAT, source: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and torch.distributed.is_initialized():
+        # Without the clean-up that waits for the other processes: torchrun ends them.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

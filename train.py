@@ -26,7 +26,7 @@ from execution import (
     uses_cuda_graphs,
 )
 from internals import inspect_model
-from lra_config import Config, ConfigError
+from lra_config import Config
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, autocast_dtype, build_model
 from optimization import build_optimizer, learning_rate_factor
@@ -41,6 +41,7 @@ from run_state import (
     caught_signals,
     claim_folder,
     finished,
+    load_state,
 )
 from utils import (
     hardware,
@@ -118,17 +119,13 @@ class Trainer:
         # device, so that they do not make a step wait for it.
         self.running = torch.zeros(3, dtype=torch.float64, device=self.device)
         if state is not None:
-            if state["processes"] != self.processes.world_size:
-                raise ConfigError(
-                    f"{self.folder / 'last.pt'} was saved by {state['processes']} processes, these "
-                    f"are {self.processes.world_size}; resume with as many"
-                )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if float16 and state["scaler"]:  # it may go on from another device's precision
+                self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
             if self.is_writer:  # it holds the sums of all processes
-                self.running = state["running"]
+                self.running.copy_(state["running"])
         self.log = RunLog(config, keep_until=self.progress.step) if self.is_writer else None
 
         self.compiled = uses_compile(config, self.device)
@@ -152,9 +149,8 @@ class Trainer:
 
     def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
         if self.is_writer:
-            return claim_folder(self.config, self.device, resume=resume)
-        last = self.folder / "last.pt"
-        return checkpoint.load(last, self.device) if last.exists() else None
+            return claim_folder(self.config, resume=resume)
+        return load_state(self.config) if (self.folder / "last.pt").exists() else None
 
     def _load_data(self) -> tuple[Reader, dict[str, PackedSplit]]:
         reader = open_dataset(self.config)
@@ -183,6 +179,7 @@ class Trainer:
                 if step % config.checkpoint_interval == 0 or done or interrupted:
                     self.save()
                 if interrupted:
+                    self.processes.barrier()  # until the checkpoint is whole
                     raise Interrupted(received[0] if received else signal.SIGTERM, step)
         return self.finish()
 
@@ -249,13 +246,16 @@ class Trainer:
             progress.skipped_steps += 1
             log_line(f"{what}; step skipped")
             return
-        last = self.folder / "last.pt"
-        kept = f"the last good checkpoint is {last}"
-        if not last.exists():
-            kept = "no checkpoint exists yet"
         raise NonFiniteError(
-            f"{what}; {kept}; lower learning_rate or grad_clip, or set on_nonfinite=skip"
+            f"{what}; {self._last_good()}; lower learning_rate or grad_clip, or set "
+            "on_nonfinite=skip"
         )
+
+    def _last_good(self) -> str:
+        last = self.folder / "last.pt"
+        if not last.exists():
+            return "no checkpoint exists yet"
+        return f"the last good checkpoint is {last}"
 
     def log_training(self) -> dict[str, str]:
         """Write the means since the last line; return what the bar shows."""
@@ -315,11 +315,20 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write `last.pt`."""
+        """Write `last.pt`.
+
+        Raises:
+            NonFiniteError: a weight is not finite; the previous checkpoint stays.
+        """
         self.processes.sum(self.running)
         if not self.is_writer:
             self.running.zero_()
             return
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteError(
+                f"step {self.progress.step}: weights are not finite; {self._last_good()}; lower "
+                "learning_rate"
+            )
         checkpoint.save(
             self.folder / "last.pt",
             {**checkpoint.describe(self.model), "optimizer": self.optimizer.state_dict(),
@@ -331,6 +340,8 @@ class Trainer:
         """Test with the best weights; write `summary.json`, the weights and the curves."""
         config, progress = self.config, self.progress
         self.processes.barrier()  # until the best weights are written
+        if not (self.folder / "best.pt").exists():  # ended earlier than the checkpoint it is from
+            self.validate()
         best = checkpoint.load(self.folder / "best.pt", self.device)
         self.model.load_state_dict(best["model"])
         metrics = self._evaluate("test")
