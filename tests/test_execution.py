@@ -70,6 +70,30 @@ def test_a_compiler_that_fails_leaves_the_run_eager(listops_dir, tmp_path, monke
     assert "compile is off: no working C++ compiler\n" in capsys.readouterr().out
 
 
+def test_one_compiled_form_serves_all_segments(monkeypatch):
+    forms = []
+
+    def count(graph, inputs):
+        forms.append(graph)
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        execution.torch, "compile", lambda f, **options: compile_(f, backend=count, **options)
+    )
+    config = tiny_config(dropout=0.1)
+    torch.manual_seed(0)
+    model = build_model(config)
+    batch = tiny_batch(config, [40, 17, 9])
+    compile_model(model, amrb_backward, batch)
+    assert 1 <= len(forms) <= 2  # without and with gradients
+    before = len(forms)
+    for segments in (3, 2, 1):
+        L = segments * config.segment_len
+        amrb_backward(model, type(batch)(batch.tokens[:, :L], batch.mask[:, :L], batch.labels))
+    assert len(forms) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_compiled_segment_has_the_eager_gradients(dropout):
