@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dataloader import Batch
 from model import RMAAT
-from utils import release_freed_memory
 
 
 class StepResult(NamedTuple):
@@ -71,7 +70,6 @@ def amrb_backward(
             replay_buffer.append(memory)
             memory, readout = run(index, memory)
             readouts.append(readout)
-    release_freed_memory(batch.tokens.device)
     memory_in = _leaf(memory)
     memory_out, readout = run(last, memory_in)
 

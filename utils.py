@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -115,15 +114,6 @@ def reset_peak_memory(device: torch.device) -> None:
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def release_freed_memory(device: torch.device) -> None:
-    """Give back what the C heap keeps of freed tensors, on Linux: its holes count as resident."""
-    if device.type == "cpu" and _trim_heap is not None:
-        _trim_heap(0)
-
-
-_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def versions() -> dict[str, str]:
