@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from lra_config import LOCAL_KEYS
-from utils import atomic_write, write_json
+from utils import atomic_write, first_line, write_json
 
 if TYPE_CHECKING:
     from model import RMAAT
@@ -99,7 +99,7 @@ def load_exported(path: Path, device: torch.device | str = "cpu") -> dict[str, A
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     return CheckpointError(
         f"{path}: not a readable checkpoint ({reason[:100]}); name another one, or remove it to "
         "start anew"

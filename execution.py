@@ -16,7 +16,7 @@ from backprop import StepResult
 from dataloader import Batch
 from lra_config import Config, ConfigError
 from model import RMAAT, autocast_dtype
-from utils import log_line
+from utils import first_line, log_line
 
 Backward = Callable[..., StepResult]  # (model, batch, scale, seed)
 
@@ -76,7 +76,7 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> None:
 
     def give_up(error: Exception) -> None:
         model.encode = eager
-        log_line(f"compile is off: {_first_line(error)}")
+        log_line(f"compile is off: {first_line(error)}")
 
     def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
         try:
@@ -153,7 +153,7 @@ class GraphedBackward:
             torch.cuda.set_stream(stream)  # a failed capture can leave its own one current
             self.enabled = False
             self.captures.clear()
-            log_line(f"cuda_graphs is off: {_first_line(error.__context__ or error)}")
+            log_line(f"cuda_graphs is off: {first_line(error.__context__ or error)}")
         finally:
             for p, gradient in zip(parameters, kept, strict=True):
                 p.grad.copy_(gradient)
@@ -194,7 +194,3 @@ class GraphedBackward:
 
 def _flat_gradient(model: RMAAT) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

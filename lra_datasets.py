@@ -21,7 +21,7 @@ import numpy as np
 from generate_lra import generate_listops, generate_pathfinder
 from lra_config import Config, WordTokenizer
 from packing import SPLITS, DataError, Reader, cache_dir, fingerprint, held_out_rows
-from utils import log_line, write_json
+from utils import first_line, log_line, write_json
 
 GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
 Example = tuple[tuple[np.ndarray, ...], int]
@@ -364,7 +364,7 @@ def download_cifar10(data_dir: Path) -> None:
     # Whatever the import or the network raises, the way out is the same.
     except Exception as error:
         raise DataError(
-            f"CIFAR-10 could not be fetched through torchvision ({_first_line(error)}); run "
+            f"CIFAR-10 could not be fetched through torchvision ({first_line(error)}); run "
             "./get_lra_data.sh cifar10"
         ) from None
 
@@ -386,15 +386,11 @@ def download_imdb(folder: Path) -> None:
         os.rename(half_done, folder)
     except Exception as error:
         raise DataError(
-            f"IMDb could not be fetched through Hugging Face datasets ({_first_line(error)}); run "
+            f"IMDb could not be fetched through Hugging Face datasets ({first_line(error)}); run "
             "./get_lra_data.sh imdb"
         ) from None
     finally:
         shutil.rmtree(half_done, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, np.ndarray]:

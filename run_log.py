@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lra_config import Config
-from utils import atomic_write, log_line, named_os_errors
+from utils import atomic_write, first_line, log_line, named_os_errors
 
 WANDB_TIMEOUT = 30.0  # seconds that the start and the end of a run wait for W&B
 
@@ -87,8 +87,7 @@ class WandbMirror:
             action()
         except Exception as error:
             self._run = None
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            log_line(f"wandb is off, the run goes on: {reason}")
+            log_line(f"wandb is off, the run goes on: {first_line(error)}")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -91,6 +91,11 @@ def log_line(text: str) -> None:
         sys.stdout.flush()
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the story that follows it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with atomic_write(path, "w") as handle:
