@@ -79,7 +79,8 @@ def kill(process: subprocess.Popen, folder: Path, moments: random.Random) -> str
     elif kind == "evaluation":
         wait_for(process, lambda: evaluating(folder))
         time.sleep(moments.uniform(0, 0.01))
-    assert process.poll() is None, "the run ended before it was killed; raise STEPS"
+    if process.poll() is not None:
+        pytest.fail(f"the run ended before it was killed: {process.stderr.read().decode()}")
     process.kill()
     process.communicate()
     if any(folder.glob("*.part")):
