@@ -7,103 +7,23 @@ its predecessor (arXiv 2312.10925).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from astromorphic import (
+    Terms,
+    apply_position_kernel,
+    calcium_response,
+    feature_map,
+    join_heads,
+    localised_basis,
+    mask_rows,
+    respond,
+    split_heads,
+)
 from lra_config import Config
-
-KERNEL_CHUNK = 128  # rows that the position kernel mixes densely at a time
-
-
-class _FeatureMap(torch.autograd.Function):
-    """`feature_map` with the derivative min(phi, 1), so that autograd keeps phi and nothing else.
-
-    F.elu(x) + 1 is the same function; it takes twice the time on a CPU, and cancels to 0 for x
-    below -17 in float32.
-    """
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (phi,) = ctx.saved_tensors
-        return gradient * phi.clamp(max=1)
-
-
-def feature_map(x: Tensor) -> Tensor:
-    """phi(x) = elu(x) + 1, which is exp(x) below 0 and x + 1 above."""
-    return _FeatureMap.apply(x)
-
-
-def apply_position_kernel(x: Tensor, decay_scale: float) -> Tensor:
-    """Multiply by the kernel P_ij = exp(-|i - j| * decay_scale) in time linear in N.
-
-    Inside a chunk of rows the product is dense. What lies left of a chunk reaches its row i as
-    exp(-decay_scale * (i - start)) times one carried state, and likewise from the right, because
-    the kernel is a first-order recurrence in both directions; every exponent is at most 0.
-
-    Args:
-        x: (..., N, d).
-        decay_scale: per token, at least 0.
-    Returns:
-        P x, (..., N, d).
-    """
-    N = x.shape[-2]
-    size = min(KERNEL_CHUNK, N)
-    chunks = F.pad(x, (0, 0, 0, -N % size)).unflatten(-2, (-1, size))  # (..., chunks, size, d)
-    offset = torch.arange(size, device=x.device, dtype=x.dtype)
-    from_left = torch.exp(-decay_scale * (offset + 1))[:, None]  # (size, 1)
-    from_right = from_left.flip(0)
-    inside = torch.exp(-decay_scale * (offset[:, None] - offset).abs())  # (size, size)
-
-    mixed = inside @ chunks
-    # The sums that leave a chunk over its last row to the right and over its first to the left.
-    leaving_right = mixed[..., -1, :].unbind(-2)
-    leaving_left = mixed[..., 0, :].unbind(-2)
-    decay = math.exp(-decay_scale * size)
-    left, right = [torch.zeros_like(leaving_right[0])], [torch.zeros_like(leaving_left[0])]
-    for k in range(len(leaving_right) - 1):
-        left.append(leaving_right[k] + decay * left[-1])
-        right.append(leaving_left[-1 - k] + decay * right[-1])
-    left, right = torch.stack(left, -2), torch.stack(right[::-1], -2)  # (..., chunks, d)
-    mixed = mixed + from_left * left[..., None, :] + from_right * right[..., None, :]
-    return mixed.flatten(-3, -2)[..., :N, :]
-
-
-def localised_basis(
-    num_heads: int, head_dim: int, num_memory_tokens: int, segment_len: int
-) -> Tensor:
-    """A start of B in which every hidden neuron reads one place of the segment.
-
-    A neuron is a Gaussian bump over the rows. In even heads the centres grow geometrically from
-    the first token to the last; in odd heads the first neurons take one token each, until the
-    geometric centres are further apart than that. The width follows the gap to the next centre.
-
-    Returns:
-        (H, d, N) with N = num_memory_tokens + segment_len.
-    Deviation: the paper does not publish how B starts. With a random start phi(R) is nearly
-        uniform, and singling out one token is a product of two small quantities.
-    """
-    index = torch.arange(head_dim + 1, dtype=torch.float64)  # one more: the last neuron has a gap
-    geometric = segment_len ** (index / max(head_dim - 1, 1)) - 1  # 0 ... S - 1, and beyond
-    rows = torch.arange(-num_memory_tokens, segment_len, dtype=torch.float64)
-    heads = []
-    for head in range(num_heads):
-        centres = torch.maximum(geometric, index) if head % 2 else geometric
-        width = (0.7 * centres.diff()).clamp_min(0.7)[:, None]  # (d, 1)
-        bumps = torch.exp(-0.5 * ((rows - centres[:-1, None]) / width) ** 2)  # (d, N)
-        heads.append(1.5 / width.sqrt() * bumps)
-    basis = torch.stack(heads)
-    return (basis + 0.02 * torch.randn_like(basis)).float()
 
 
 class Attention(nn.Module):
@@ -127,17 +47,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, N, d)."""
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, d)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(self.to_qkv(x), self.num_heads).unbind(0)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Concatenate the heads' outputs (B, H, N, d) and project them to (B, N, D)."""
-        return self.to_out(heads.transpose(1, 2).flatten(2))
-
-
-def mask_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero the padded rows of x (B, H, N, d)."""
-    return x if mask is None else x * mask[:, None, :, None]
+        return self.to_out(join_heads(heads))
 
 
 class AstromorphicAttention(Attention):
@@ -152,11 +66,13 @@ class AstromorphicAttention(Attention):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.has_positions = config.hebbian_astro
-        self.hebbian_sigmoid = config.hebbian_sigmoid
-        self.hebbian_scale = config.hebbian_scale or self.head_dim
-        self.alpha = config.presynaptic_alpha
-        self.normalize = config.presynaptic_normalize
         self.decay_scale = config.decay_scale
+        self.terms = Terms(
+            alpha=config.presynaptic_alpha,
+            scale=config.hebbian_scale or self.head_dim,
+            sigmoid=config.hebbian_sigmoid,
+            normalize=config.presynaptic_normalize,
+        )
         if self.has_positions:
             M, S = config.num_memory_tokens, config.segment_len
             if config.position_basis == "localised":
@@ -175,50 +91,13 @@ class AstromorphicAttention(Attention):
         return feature_map(basis.mT @ distances)  # (H, N, d)
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        q, k = feature_map(q), mask_rows(feature_map(k), mask)
-        v = mask_rows(v, mask)
-
-        # Write: sums over N, so that no N x N product is formed. H_neuron and H_astro share V.
-        keys = k if positions is None else k + positions
-        hebbian = keys.mT @ v / self.hebbian_scale  # H, (B, H, d, d)
-        if self.hebbian_sigmoid:
-            hebbian = hebbian.sigmoid()
-
-        # Read
-        response = q @ hebbian  # (B, H, N, d)
-        if self.normalize:
-            response = response * inverse_calcium(q, k, self.alpha).to(response.dtype)
-        return self.merge(response)
+        qkv = self.to_qkv(x)
+        return self.to_out(respond(qkv, self.num_heads, mask, positions, self.terms))
 
     def calcium(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """C of the rows x (B, N, D), (B, H, N, 1); `forward` needs its inverse alone."""
         q, k, _ = self.project(x)
-        return calcium_response(feature_map(q), mask_rows(feature_map(k), mask), self.alpha)
-
-
-def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
-    """C = phi(Q) g^T with g = (sum_t phi(k_t))^alpha.
-
-    Args:
-        q, k: phi(Q) and phi(K), (B, H, N, d); k is zero at padding.
-    Returns:
-        (B, H, N, 1), at least float32.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        total = k.sum(dim=2, dtype=dtype)  # (B, H, d)
-        # Both sides of a `where` are differentiated: replace the 0 before its power is taken.
-        positive = total > 0
-        presynaptic = torch.where(positive, total, 1).pow(alpha) * positive  # g
-        return q.to(dtype) @ presynaptic[..., None]
-
-
-def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
-    """P = 1 / C of `calcium_response`, 0 where C is 0, with zero gradient."""
-    calcium = calcium_response(q, k, alpha)
-    nonzero = calcium != 0
-    return torch.where(nonzero, calcium, 1).reciprocal() * nonzero
+        return calcium_response(feature_map(q), mask_rows(feature_map(k), mask), self.terms.alpha)
 
 
 class LinearAttention(Attention):
@@ -228,10 +107,7 @@ class LinearAttention(Attention):
     """
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: None = None) -> Tensor:
-        q, k, v = self.project(x)
-        q, k = feature_map(q), mask_rows(feature_map(k), mask)
-        response = q @ (k.mT @ v)  # (B, H, N, d)
-        return self.merge(response * inverse_calcium(q, k, alpha=1.0).to(response.dtype))
+        return self.to_out(respond(self.to_qkv(x), self.num_heads, mask, None, Terms()))
 
 
 def visible_keys(mask: Tensor | None) -> Tensor | None:

@@ -54,37 +54,43 @@ def amrb_backward(
     last = len(segments) - 1
     initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
     positions = model.positions()
-    # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
-    shared = None if positions is None else _leaf(positions)
     if seed is None:
         seed = model.dropout_seed()  # one for both passes: the replay drops what the first one did
+    # All that stays over the segments is allocated before them: small tensors that stay, strewn
+    # between activations that go, would leave the heap full of holes.
+    B, M, D = initial_memory.shape
+    replay_buffer = initial_memory.new_empty(last + 1, B, M, D)
+    readouts = initial_memory.new_empty(last + 1, B, D)
+    shared = None
+    if positions is not None:
+        # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
+        shared = _leaf(positions)
+        shared.grad = torch.zeros_like(shared)
 
     def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         tokens, segment_mask = segments[index]
         return model.segment(tokens, memory, index, segment_mask, shared, seed)
 
-    replay_buffer, readouts = [], []
-    memory = initial_memory.detach()
+    replay_buffer[0] = initial_memory.detach()
     with torch.no_grad():
         for index in range(last):
-            replay_buffer.append(memory)
-            memory, readout = run(index, memory)
-            readouts.append(readout)
-    memory_in = _leaf(memory)
-    memory_out, readout = run(last, memory_in)
+            replay_buffer[index + 1], readouts[index] = run(index, replay_buffer[index])
+    memory_in = _leaf(replay_buffer[last])
+    _, readout = run(last, memory_in)
+    readouts[last] = readout.detach()
 
-    readout_leaves = [_leaf(r) for r in [*readouts, readout]]  # each (B, D)
-    logits = model.head(model.combine(readout_leaves, mask))
+    readouts = _leaf(readouts)
+    logits = model.head(model.combine(readouts.unbind(0), mask))
     loss = F.cross_entropy(logits, batch.labels)
     (scale * loss).backward()
 
-    torch.autograd.backward(readout, readout_leaves[last].grad)
+    torch.autograd.backward(readout, readouts.grad[last])
     for index in reversed(range(last)):
         memory_grad = memory_in.grad  # of mem_{t+1}, (B, M, D)
-        memory_in = _leaf(replay_buffer.pop())
+        memory_in = _leaf(replay_buffer[index])
         memory_out, readout = run(index, memory_in)
         # One call for both paths: two would need the graph twice.
-        torch.autograd.backward([readout, memory_out], [readout_leaves[index].grad, memory_grad])
+        torch.autograd.backward([readout, memory_out], [readouts.grad[index], memory_grad])
     torch.autograd.backward(initial_memory, memory_in.grad)
     if positions is not None:
         torch.autograd.backward(positions, shared.grad)

@@ -33,7 +33,7 @@ def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
     hooks = [
         module.register_forward_hook(record)
         for module in model.modules()
-        if isinstance(module, AstromorphicAttention) and module.normalize
+        if isinstance(module, AstromorphicAttention) and module.terms.normalize
     ]
     training = model.training
     model.eval()

@@ -12,16 +12,8 @@ from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from astrocyte import retention_factors
-from attention import (
-    ATTENTION,
-    Attention,
-    apply_position_kernel,
-    feature_map,
-    inverse_calcium,
-    landmark_runs,
-    localised_basis,
-    pseudo_inverse,
-)
+from astromorphic import apply_position_kernel, feature_map, inverse_calcium, localised_basis
+from attention import ATTENTION, Attention, landmark_runs, pseudo_inverse
 from lra_config import Config
 from model import build_model
 
