@@ -1,8 +1,8 @@
 """The mathematics of astromorphic attention, without weights: what `attention.py` is built from.
 
-`plain_response` is the reference and reads like the equations; `FusedResponse` is the same function
-with its gradient written out, which takes two thirds of the memory and, on a CPU, of the time.
-Shape letters are those of `model.py`.
+`plain_response` is the reference and reads like the equations. `FusedResponse` is the same function
+with its gradient written out: it keeps less than half as much for the backward pass, and takes
+about three quarters of the attention's time on a CPU. Shape letters are those of `model.py`.
 
 Source: RMAAT (arXiv 2601.00426), astromorphic attention; AT (arXiv 2312.10925), Eqs. 11-17.
 """

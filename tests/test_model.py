@@ -12,7 +12,17 @@ from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from astrocyte import retention_factors
-from astromorphic import apply_position_kernel, feature_map, inverse_calcium, localised_basis
+from astromorphic import (
+    FusedResponse,
+    Terms,
+    apply_position_kernel,
+    feature_map,
+    inverse_calcium,
+    join_heads,
+    localised_basis,
+    plain_response,
+    split_heads,
+)
 from attention import ATTENTION, Attention, landmark_runs, pseudo_inverse
 from lra_config import Config
 from model import build_model
@@ -181,6 +191,59 @@ def test_attention_equals_its_dense_form_in_outputs_and_gradients(variant, padde
         results.append([loss, *torch.autograd.grad(loss, tensors)])
     for actual, expected in zip(*results, strict=True):
         close(actual, expected)
+
+
+def plain(qkv, num_heads, *rest):
+    return join_heads(plain_response(*split_heads(qkv, num_heads), *rest))
+
+
+@pytest.mark.parametrize("with_positions", [False, True], ids=["neuron", "neuron and astro"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("terms", [
+    Terms(),
+    Terms(alpha=0.25, scale=4.0),
+    Terms(alpha=0.25, scale=4.0, sigmoid=True),
+    Terms(scale=4.0, normalize=False),
+    Terms(sigmoid=True, normalize=False),
+], ids=str)
+def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
+    terms, padded, with_positions
+):
+    B, H, N, d = 3, 2, 9, 4
+    torch.manual_seed(0)
+    qkv = torch.randn(B, N, 3 * H * d, dtype=torch.float64, requires_grad=True)
+    positions = torch.rand(H, N, d, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(N) < torch.tensor([[N], [4], [0]])  # one sample without a real row
+    weights = torch.randn(B, N, H * d, dtype=torch.float64)
+
+    results = []
+    for form in (FusedResponse.apply, plain):
+        output = form(
+            qkv, H, mask if padded else None, positions if with_positions else None, terms
+        )
+        inputs = [qkv, positions] if with_positions else [qkv]
+        results.append([output, *torch.autograd.grad((output * weights).sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+def test_the_fused_response_keeps_half_of_what_autograd_keeps():
+    qkv = torch.randn(2, 64, 3 * 32, requires_grad=True)
+    positions = torch.rand(4, 64, 8, requires_grad=True)
+    kept = []
+    for form in (FusedResponse.apply, plain):
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = form(qkv, 4, None, positions, Terms(alpha=0.25))
+        kept.append(sum(storages.values()))
+        del output
+    fused, by_autograd = kept
+    assert fused < by_autograd / 2
 
 
 def test_nystrom_with_a_landmark_per_row_is_softmax_attention():
