@@ -398,7 +398,7 @@ def plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 COMMANDS = {
     "memory": (memory, [1024, 2048, 4096, 8192]),
-    "throughput": (throughput, [8192]),
+    "throughput": (throughput, [1024, 2048, 4096, 8192]),
     "scaling": (scaling, SCALING_LENGTHS),
 }
 
