@@ -36,7 +36,7 @@ class Summary:
 
     dataset: str
     test_accuracy: float
-    test_loss: float
+    test_loss: float | None  # None: not finite
     best_val_accuracy: float
     best_step: int
     steps: int

@@ -81,6 +81,10 @@ def main() -> int:
     except BrokenPipeError:  # the reader of the predictions has had enough
         sys.stdout = open(os.devnull, "w")
         return 0
+    except torch.OutOfMemoryError as error:
+        what, _, _ = str(error).partition(" GPU ")  # how the allocator's memory is laid out
+        advice = "lower batch_size, for which accumulate makes up, or raise num_segments"
+        return fail(f"{what} {advice}", 2, by_all=False)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
         return fail(reason, 2, by_all=False)

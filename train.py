@@ -348,7 +348,8 @@ class Trainer:
         summary = Summary(
             dataset=config.dataset,
             test_accuracy=metrics.accuracy,
-            test_loss=metrics.loss,
+            # JSON has no NaN, which an evaluation in float16 can come to.
+            test_loss=metrics.loss if math.isfinite(metrics.loss) else None,
             best_val_accuracy=progress.best_val_accuracy,
             best_step=progress.best_step,
             steps=progress.step,

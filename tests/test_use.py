@@ -22,6 +22,7 @@ from conftest import ROOT, TINY, run_cli, tiny_config
 
 import checkpoint
 import predict
+import run_train
 from generate_lra import generate_listops
 from lra_config import ConfigError, dump_config, make_config
 from lra_datasets import open_dataset
@@ -474,3 +475,17 @@ def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
         assert_refused(result, "packed train split was not written", "free some space")
         assert not list((tmp_path / ".cache").iterdir())
     assert len(load_splits(open_dataset(config))["train"]) == 300
+
+
+def test_a_gpu_without_memory_left_ends_the_run_with_one_line(monkeypatch, capsys):
+    def exhaust(_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
+
+    monkeypatch.setattr(run_train, "run", exhaust)
+    monkeypatch.setattr(run_train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["run_train.py"])
+    assert run_train.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate 2.00 GiB. lower batch_size" in line
