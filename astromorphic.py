@@ -161,7 +161,8 @@ class FusedResponse(torch.autograd.Function):
         ctx: Any, qkv: Tensor, num_heads: int, mask: Tensor | None, positions: Tensor | None,
         terms: Terms,
     ) -> Tensor:
-        heads = split_heads(qkv, num_heads).contiguous()  # (3, B, H, N, d), ours to overwrite
+        # (3, B, H, N, d), ours to overwrite
+        heads = split_heads(qkv, num_heads).clone(memory_format=torch.contiguous_format)
         positive = heads[:2].clamp(min=0)
         heads[:2].clamp_(max=0).exp_().add_(positive)  # phi
         if mask is not None:

@@ -227,6 +227,14 @@ def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
         close(actual, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 12), (2, 5, 12)])
+def test_the_fused_response_leaves_its_input_as_it_is(shape):
+    qkv = torch.randn(shape)
+    before = qkv.clone()
+    FusedResponse.apply(qkv, 1, torch.zeros(shape[:2], dtype=torch.bool), None, Terms())
+    assert torch.equal(qkv, before)
+
+
 def test_the_fused_response_keeps_half_of_what_autograd_keeps():
     qkv = torch.randn(2, 64, 3 * 32, requires_grad=True)
     positions = torch.rand(4, 64, 8, requires_grad=True)
