@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch
-from execution import GraphedBackward
+from execution import GraphedBackward, resolve_device
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from optimization import build_optimizer
@@ -131,7 +131,7 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
         `gflop`, executed in the matrix products of a step.
     """
     config = benchmark_config(system, **row)
-    device = torch.device(config.device)
+    device = resolve_device(config)
     torch.manual_seed(0)
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
