@@ -7,9 +7,22 @@ what all T cycles add, is the factor by which RMAAT scales the memory after segm
     python astrocyte.py                   # prints the factors
     python astrocyte.py --plot FILE.png   # draws the two processes and the factors
 
-Shape letters, in this module only: A postsynaptic neurons (index i), E presynaptic neurons
-(index j). Synapse (i, j) leads from neuron j to neuron i; k, l run over the same two ranges.
+Synapse (i, j) leads from presynaptic neuron j to postsynaptic neuron i; (k, l) is another one. The
+paper's symbols and their names here (its attention has a g, a phi, an m and a T of its own):
+
+    tau_n   dx_i/dt    = -lambda x_i + sum_j g(s_ij) phi(x_j) + b_i(t)
+    tau_s   ds_ij/dt   = -beta s_ij + theta(x_i) theta(x_j) + psi(p^s_ij)
+    tau_p^s dp^s_ij/dt = -gamma^s p^s_ij + sum_kl T_ijkl psi(p^s_kl) + kappa(s_ij)
+    tau_p^l dp^l_ij/dt = -gamma^l p^l_ij + kappa(s_ij)
+
+    x, s, p^s, p^l    State.x, .s, .p_short, .p_long        b                 drive
+    g                 efficacy                              T_ijkl            astrocytic_coupling
+    phi               firing_rate                           all constants     MacroModelParameters
+
+In shapes, `pre` and `post` are the numbers of presynaptic and postsynaptic neurons.
 """
+
+from __future__ import annotations
 
 import argparse
 import math
@@ -17,6 +30,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +41,10 @@ from torch import Tensor
 SAMPLES_PER_PHASE = 60  # a cycle has two phases: input on, then off
 TABLE_SEGMENTS = (2, 4, 8, 16)  # values of T shown by the command line
 
-# The paper names these functions and leaves them open. All are smooth and saturate, and all but g
-# vanish at 0, so that silence is the resting state; g(0) > 0 lets a synapse at rest transmit.
-g = expit
-phi = theta = psi = kappa = np.tanh
+# The paper names these functions and leaves them open. All are smooth and saturate, and all but the
+# efficacy vanish at 0, so that silence is the resting state; a synapse at rest must transmit.
+efficacy = expit
+firing_rate = theta = psi = kappa = np.tanh
 
 
 @dataclass(frozen=True)
@@ -44,8 +58,8 @@ class MacroModelParameters:
     Source: RMAAT (arXiv 2601.00426), macro model of long-term plasticity.
     """
 
-    num_pre: int = 3  # E, presynaptic neurons; they alone receive the input
-    num_post: int = 3  # A, postsynaptic neurons, driven through the synapses
+    num_pre: int = 3  # presynaptic neurons; they alone receive the input
+    num_post: int = 3  # postsynaptic neurons, driven through the synapses
     num_cycles: int = 6  # STP cycles simulated; later increments follow from `cycle_ratio`
     tau_cycle: float = 10.0  # tau_cycle, duration of one cycle, s
     duty_cycle: float = 0.5  # share of a cycle, from its start, with the input on, in (0, 1)
@@ -71,16 +85,37 @@ class MacroModelParameters:
 DEFAULT = MacroModelParameters()
 
 
+class State(NamedTuple):
+    """What the macro model is in at one time, or, with leading dimensions, at several."""
+
+    x: np.ndarray  # (..., pre + post) neurons, presynaptic ones first
+    s: np.ndarray  # (..., post, pre) synapses
+    p_short: np.ndarray  # (..., post, pre) fast astrocytic process p^s
+    p_long: np.ndarray  # (..., post, pre) slow astrocytic process p^l
+
+    def pack(self) -> np.ndarray:
+        """One vector of pre + post + 3 * post * pre numbers, as a solver wants it."""
+        return np.concatenate([part.ravel() for part in self])
+
+    @classmethod
+    def unpack(cls, vectors: np.ndarray, parameters: MacroModelParameters) -> State:
+        """The state of `pack`ed vectors (..., pre + post + 3 * post * pre)."""
+        pre, post = parameters.num_pre, parameters.num_post
+        splits = np.cumsum([pre + post, post * pre, post * pre])
+        x, *synaptic = np.split(vectors, splits, axis=-1)
+        return cls(x, *(part.reshape(*part.shape[:-1], post, pre) for part in synaptic))
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """States of the macro model over time, all float64.
 
     Args:
         times: (steps,) s, strictly rising from 0.
-        x: (steps, E + A) neurons, presynaptic ones first.
-        s: (steps, A, E) synapses.
-        p_short: (steps, A, E) fast astrocytic process p^s.
-        p_long: (steps, A, E) slow astrocytic process p^l.
+        x: (steps, pre + post) neurons, presynaptic ones first.
+        s: (steps, post, pre) synapses.
+        p_short: (steps, post, pre) fast astrocytic process p^s.
+        p_long: (steps, post, pre) slow astrocytic process p^l.
         cycle_ends: (num_cycles + 1,) indices of the times 0, tau_cycle, 2 tau_cycle, ...
     """
 
@@ -92,17 +127,48 @@ class Trajectory:
     cycle_ends: np.ndarray
 
 
+@lru_cache
 def astrocytic_coupling(parameters: MacroModelParameters = DEFAULT) -> np.ndarray:
     """Couple the fast processes of two synapses the more the closer they lie.
 
     Returns:
-        (A, E, A, E) T_ijkl = strength * exp(-distance / length), with the Euclidean distance
-        between (i, j) and (k, l) on the grid of synapses.
+        (post, pre, post, pre), read-only: T_ijkl = strength * exp(-distance / length), with the
+        Euclidean distance between (i, j) and (k, l) on the grid of synapses.
     Source: RMAAT, macro model. The paper does not publish the form of the decay.
     """
-    grid = np.indices((parameters.num_post, parameters.num_pre), dtype=float)  # (2, A, E)
-    distance = np.hypot(*(grid[:, :, :, None, None] - grid[:, None, None]))  # (A, E, A, E)
-    return parameters.coupling_strength * np.exp(-distance / parameters.coupling_length)
+    grid = np.indices((parameters.num_post, parameters.num_pre), dtype=float)  # (2, post, pre)
+    distance = np.hypot(*(grid[:, :, :, None, None] - grid[:, None, None]))
+    coupling = parameters.coupling_strength * np.exp(-distance / parameters.coupling_length)
+    coupling.flags.writeable = False
+    return coupling
+
+
+def derivatives(
+    state: State, drive: np.ndarray, parameters: MacroModelParameters = DEFAULT
+) -> State:
+    """The right-hand sides of the four equations at the head of this module, per second.
+
+    Args:
+        state: at one time.
+        drive: b, the input of each neuron, (pre + post,).
+        parameters: constants of the macro model.
+    Returns:
+        dx/dt, ds/dt, dp^s/dt and dp^l/dt, shaped like `state`.
+    Source: RMAAT, macro model, the four equations for x, s, p^s and p^l.
+    """
+    pre = parameters.num_pre
+    x, s, p_short, p_long = state
+    x_pre, x_post = x[:pre], x[pre:]
+    # No synapse ends on a presynaptic neuron: its sum over j is empty.
+    received = np.concatenate([np.zeros(pre), efficacy(s) @ firing_rate(x_pre)])  # (pre + post,)
+    coincidence = np.outer(theta(x_post), theta(x_pre))  # (post, pre)
+    spread = np.tensordot(astrocytic_coupling(parameters), psi(p_short))  # (post, pre)
+    return State(
+        x=(-parameters.lambda_n * x + received + drive) / parameters.tau_n,
+        s=(-parameters.beta * s + coincidence + psi(p_short)) / parameters.tau_s,
+        p_short=(-parameters.gamma_short * p_short + spread + kappa(s)) / parameters.tau_p_short,
+        p_long=(-parameters.gamma_long * p_long + kappa(s)) / parameters.tau_p_long,
+    )
 
 
 def simulate(parameters: MacroModelParameters = DEFAULT) -> Trajectory:
@@ -112,48 +178,33 @@ def simulate(parameters: MacroModelParameters = DEFAULT) -> Trajectory:
         Trajectory with 2 * SAMPLES_PER_PHASE steps per cycle plus the start.
     Raises:
         RuntimeError: the solver did not reach the end of a phase.
-    Source: RMAAT, macro model, the four equations for x, s, p^s and p^l.
     """
-    m = parameters
-    E, A = m.num_pre, m.num_post
-    T = astrocytic_coupling(m)  # (A, E, A, E)
-    splits = np.cumsum([E + A, A * E, A * E])
+    pre, post, tau_cycle = parameters.num_pre, parameters.num_post, parameters.tau_cycle
 
-    def unpack(state: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Split states (..., E + A + 3AE) into x (..., E + A) and s, p^s, p^l (..., A, E)."""
-        x, *synaptic = np.split(state, splits, axis=-1)
-        return x, *(part.reshape(*part.shape[:-1], A, E) for part in synaptic)
+    def right_hand_side(_time: float, vector: np.ndarray, drive: np.ndarray) -> np.ndarray:
+        return derivatives(State.unpack(vector, parameters), drive, parameters).pack()
 
-    def derivatives(_time: float, state: np.ndarray, b: np.ndarray) -> np.ndarray:
-        x, s, p_s, p_l = unpack(state)  # (E + A,), then three times (A, E)
-        x_pre, x_post = x[:E], x[E:]  # (E,), (A,)
-        # No synapse ends on a presynaptic neuron: its sum over j is empty.
-        received = np.concatenate([np.zeros(E), g(s) @ phi(x_pre)])  # (E + A,)
-
-        dx = (-m.lambda_n * x + received + b) / m.tau_n  # (E + A,)
-        ds = (-m.beta * s + np.outer(theta(x_post), theta(x_pre)) + psi(p_s)) / m.tau_s  # (A, E)
-        dp_s = (-m.gamma_short * p_s + np.tensordot(T, psi(p_s)) + kappa(s)) / m.tau_p_short
-        dp_l = (-m.gamma_long * p_l + kappa(s)) / m.tau_p_long  # (A, E)
-        return np.concatenate([dx, ds.ravel(), dp_s.ravel(), dp_l.ravel()])
-
-    input_on = np.concatenate([np.full(E, m.input_strength), np.zeros(A)])  # (E + A,)
-    times, states = [np.zeros(1)], [np.zeros((1, E + A + 3 * A * E))]
+    silence = np.zeros(pre + post)
+    input_on = np.concatenate([np.full(pre, parameters.input_strength), np.zeros(post)])
+    times, vectors = [np.zeros(1)], [np.zeros((1, pre + post + 3 * post * pre))]
     # The input jumps at the phase boundaries, so no solver step may cross one.
-    for cycle in range(m.num_cycles):
-        middle, end = (cycle + m.duty_cycle) * m.tau_cycle, (cycle + 1) * m.tau_cycle
-        for stop, b in ((middle, input_on), (end, np.zeros(E + A))):
+    for cycle in range(parameters.num_cycles):
+        middle, end = (cycle + parameters.duty_cycle) * tau_cycle, (cycle + 1) * tau_cycle
+        for stop, drive in ((middle, input_on), (end, silence)):
             samples = np.linspace(times[-1][-1], stop, SAMPLES_PER_PHASE + 1)
             solution = solve_ivp(
-                derivatives, (samples[0], stop), states[-1][-1], method="LSODA", args=(b,),
-                t_eval=samples, rtol=m.solver_rtol, atol=1e-3 * m.solver_rtol,
+                right_hand_side, (samples[0], stop), vectors[-1][-1], method="LSODA",
+                args=(drive,), t_eval=samples, rtol=parameters.solver_rtol,
+                atol=1e-3 * parameters.solver_rtol,
             )
             if not solution.success:
                 raise RuntimeError(f"macro model not integrated to {stop} s: {solution.message}")
             times.append(samples[1:])
-            states.append(solution.y.T[1:])  # (steps, states)
+            vectors.append(solution.y.T[1:])  # (steps, states)
 
-    cycle_ends = 2 * SAMPLES_PER_PHASE * np.arange(m.num_cycles + 1)
-    return Trajectory(np.concatenate(times), *unpack(np.concatenate(states)), cycle_ends)
+    cycle_ends = 2 * SAMPLES_PER_PHASE * np.arange(parameters.num_cycles + 1)
+    states = State.unpack(np.concatenate(vectors), parameters)
+    return Trajectory(np.concatenate(times), *states, cycle_ends)
 
 
 @lru_cache
