@@ -6,7 +6,7 @@ Every `auto` of the configuration is resolved here; what cannot work falls back 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -93,11 +93,13 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> None:
             return eager(*arguments)
 
     model.encode = encode
+    statistics = [buffer.clone() for buffer in model.buffers()]
     try:
         backward(model, batch)
     except Exception as error:  # of compiling the backward pass
         give_up(error)
     model.zero_grad()
+    _restore(model.buffers(), statistics)
 
 
 class Capture(NamedTuple):
@@ -142,12 +144,13 @@ class GraphedBackward:
     def _try_capture(
         self, key: tuple, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None
     ) -> None:
-        """Capture one form of the step, and leave the gradients as they were."""
+        """Capture one form of the step; leave gradients and running statistics as they were."""
         parameters = list(model.parameters())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         kept = [p.grad.clone() for p in parameters]
+        statistics = [buffer.clone() for buffer in model.buffers()]
         stream = torch.cuda.current_stream()
         try:
             capture = self._capture(model, batch, scale, seed)
@@ -159,8 +162,8 @@ class GraphedBackward:
             self.captures.clear()
             log_line(f"cuda_graphs is off: {first_line(error.__context__ or error)}")
         finally:
-            for p, gradient in zip(parameters, kept, strict=True):
-                p.grad.copy_(gradient)
+            _restore([p.grad for p in parameters], kept)
+            _restore(model.buffers(), statistics)
 
     def _capture(
         self, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None
@@ -194,6 +197,11 @@ class GraphedBackward:
         if not difference <= GRAPH_TOLERANCE:
             raise RuntimeError(f"its gradients differ from eager ones by {difference:.1e}")
         return Capture(graph, static, static_seed, result)
+
+
+def _restore(tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
+    for tensor, value in zip(tensors, kept, strict=True):
+        tensor.copy_(value)
 
 
 def _flat_gradient(model: RMAAT) -> Tensor:

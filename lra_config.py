@@ -30,7 +30,7 @@ LOCAL_KEYS = frozenset({
 # Keys that decide what a set of weights computes: another value asks for other weights.
 MODEL_KEYS = (
     "dataset", "max_seq_len", "document_pair", "num_segments", "num_memory_tokens", "astro_mem",
-    "attention_type", "dim", "num_layers", "num_heads", "ffn_dim", "pooling",
+    "attention_type", "dim", "num_layers", "num_heads", "ffn_dim", "pooling", "readout_norm",
     "position_embedding", "hebbian_astro", "hebbian_sigmoid", "hebbian_scale",
     "presynaptic_alpha", "presynaptic_normalize", "decay_scale",
     "nystrom_landmarks", "nystrom_iterations", "nystrom_conv",
@@ -182,7 +182,12 @@ class Config(BaseModel):
     ffn_dim: Size = 128
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pooling: Literal["mean", "last", "memory"] = "mean"
+    readout_norm: Literal["none", "batch"] = "none"  # of the head's input; unpublished
+    # Start of the tokens' vectors, unpublished; ordinal: like vectors for like grey levels
+    token_embedding: Literal["random", "ordinal"] = "random"
     position_embedding: Literal["learned", "sinusoidal", "none"] = "learned"
+    # Start of the learned positions, unpublished: this times the sinusoids; null: small noise
+    position_scale: Positive | None = None
 
     # Terms of the astromorphic attention
     hebbian_astro: bool = True  # H_astro, the relative positions (paper)
@@ -284,6 +289,28 @@ class Config(BaseModel):
             raise ValueError(
                 f"dim={self.dim} is odd; position_embedding=sinusoidal needs an even dim"
             )
+        if self.position_scale and (self.position_embedding != "learned" or self.dim % 2):
+            raise ValueError(
+                f"position_scale={self.position_scale} starts learned positions at sinusoids of "
+                f"even width, and position_embedding={self.position_embedding} has dim={self.dim}; "
+                "set position_embedding=learned and an even dim, or position_scale=null"
+            )
+        if self.token_embedding == "ordinal" and self.task.tokenizer is not ByteTokenizer:
+            raise ValueError(
+                f"token_embedding=ordinal needs ids in an order, the tokens of dataset="
+                f"{self.dataset} have none; use random"
+            )
+        if self.readout_norm == "batch":
+            # Statistics over like lengths are not those that an evaluation meets.
+            if self.bucket_by_length:
+                raise ValueError(
+                    "readout_norm=batch takes its statistics from the batch, and "
+                    "bucket_by_length=True fills it with like lengths; set one of them off"
+                )
+            if self.batch_size < 2:
+                raise ValueError(
+                    "readout_norm=batch has no statistics at batch_size=1; use 2 or more"
+                )
         if self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}; "

@@ -26,12 +26,14 @@ from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
 from dropout import derive_keys, draw_seed, dropout
 from lra_config import PADDING_ID, Config, make_config
-from utils import sinusoidal_positions
+from utils import ordinal_embedding, sinusoidal_positions
 
 __all__ = [
     "ATTENTION", "RMAAT", "AstromorphicAttention", "LinearAttention", "SoftmaxAttention",
     "build_model",
 ]
+
+READOUT_MOMENTUM = 0.02  # of the running statistics that `readout_norm: batch` evaluates with
 
 
 class EncoderLayer(nn.Module):
@@ -110,7 +112,12 @@ class RMAAT(
             config.task.tokenizer.vocab_size, config.dim, padding_idx=PADDING_ID
         )
         if self.position_embedding == "learned":
-            self.position_table = nn.Parameter(0.02 * torch.randn(T * self.segment_len, config.dim))
+            L = T * self.segment_len
+            table = 0.02 * torch.randn(L, config.dim)
+            if config.position_scale:
+                sinusoids = sinusoidal_positions(torch.arange(L), config.dim, table.dtype)
+                table = config.position_scale * sinusoids
+            self.position_table = nn.Parameter(table)
         self.embedding_norm = nn.LayerNorm(config.dim)
         self.dropout = config.dropout
         std = ATTENTION[config.attention_type].memory_std
@@ -118,6 +125,15 @@ class RMAAT(
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         head_dim = config.dim if self.num_encoded == 1 else 4 * config.dim
         self.head = nn.Linear(head_dim, config.task.num_classes)
+        if config.readout_norm == "batch":
+            # The head's weights do its scale and shift.
+            norm = nn.BatchNorm1d(head_dim, momentum=READOUT_MOMENTUM, affine=False)
+            self.head = nn.Sequential(norm, self.head)
+        # Last, so that all other weights start as they do without it.
+        if config.token_embedding == "ordinal":
+            self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(
+                config.task.tokenizer.vocab_size - 1, config.dim
+            )
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, seed: Tensor | None = None

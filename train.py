@@ -26,7 +26,7 @@ from execution import (
     uses_cuda_graphs,
 )
 from internals import inspect_model
-from lra_config import Config
+from lra_config import Config, ConfigError
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, autocast_dtype, build_model
 from optimization import build_optimizer, learning_rate_factor
@@ -97,6 +97,11 @@ class Trainer:
     def __init__(self, config: Config, *, resume: bool) -> None:
         self.config = config
         self.processes = current_processes()
+        if config.readout_norm == "batch" and self.processes.world_size > 1:
+            raise ConfigError(
+                f"readout_norm=batch takes its statistics from one process, and there are "
+                f"{self.processes.world_size}; start one, or set readout_norm=none"
+            )
         self.device = resolve_device(config)
         self.folder = config.run_dir
         self.progress = Progress()

@@ -39,6 +39,25 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
 
 
+def ordinal_embedding(levels: int, dim: int) -> Tensor:
+    """Start of the vectors of ordered levels, such as grey levels: like levels, like vectors.
+
+    Feature f of level g is sqrt(2) sin(a_f z + b_f) with z from -1 to 1 over the levels, a_f normal
+    of deviation 3, which decides how far likeness reaches, and b_f uniform over the circle. Its
+    mean square is 1, as that of a random start.
+
+    Args:
+        levels: at least 2.
+        dim: of the vectors.
+    Returns:
+        (levels, dim).
+    Deviation: the paper leaves open how the embedding starts.
+    """
+    z = 2 * torch.arange(levels) / (levels - 1) - 1  # (levels,)
+    frequency, phase = 3 * torch.randn(dim), 2 * math.pi * torch.rand(dim)
+    return math.sqrt(2) * torch.sin(frequency * z[:, None] + phase)
+
+
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch for one training step, so that a resumed run draws what an unbroken one draws."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))

@@ -77,6 +77,14 @@ def test_impossible_combinations_are_refused():
         tiny_config(attention_type="luna", num_memory_tokens=0)
     with pytest.raises(ConfigError, match="dim=15 is odd"):
         tiny_config(dim=15, num_heads=3, position_embedding="sinusoidal")
+    with pytest.raises(ConfigError, match="position_embedding=none"):
+        tiny_config(position_scale=2.0, position_embedding="none")
+    with pytest.raises(ConfigError, match="token_embedding=ordinal needs ids"):
+        tiny_config(token_embedding="ordinal")
+    with pytest.raises(ConfigError, match="bucket_by_length"):
+        tiny_config(readout_norm="batch", bucket_by_length=True)
+    with pytest.raises(ConfigError, match="batch_size=1"):
+        tiny_config(readout_norm="batch", batch_size=1)
 
 
 def test_two_documents_fill_whole_segments_or_one_between_them():

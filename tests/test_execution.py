@@ -94,6 +94,19 @@ def test_one_compiled_form_serves_all_segments(monkeypatch):
     assert len(forms) == before
 
 
+def test_the_trial_step_of_compilation_leaves_the_running_statistics(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        execution.torch, "compile", lambda f, **options: compile_(f, backend="eager", **options)
+    )
+    config = tiny_config(readout_norm="batch")
+    model = build_model(config)
+    before = [buffer.clone() for buffer in model.buffers()]
+    compile_model(model, amrb_backward, tiny_batch(config))
+    for buffer, kept in zip(model.buffers(), before, strict=True):
+        assert buffer.equal(kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_compiled_segment_has_the_eager_gradients(dropout):

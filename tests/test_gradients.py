@@ -70,6 +70,7 @@ def test_amrb_gradients_equal_bptt_in_float32(attention, dropout):
 @pytest.mark.parametrize("switch", [
     {"hebbian_astro": False}, {"hebbian_sigmoid": True}, {"presynaptic_normalize": False},
     {"astro_mem": False}, {"position_embedding": "sinusoidal"}, {"position_embedding": "none"},
+    {"readout_norm": "batch"},
 ], ids=str)
 def test_amrb_gradients_equal_bptt_under_every_switch(switch):
     config = tiny_config(max_seq_len=48, dropout=0.1, **switch)

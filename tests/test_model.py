@@ -26,6 +26,7 @@ from astromorphic import (
 from attention import ATTENTION, Attention, landmark_runs, pseudo_inverse
 from lra_config import Config
 from model import build_model
+from utils import sinusoidal_positions
 
 FLOAT64_TOLERANCE = 1e-10
 ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
@@ -514,6 +515,53 @@ def test_position_embedding_distinguishes_places_if_there_is_one(kind):
     swapped = torch.allclose(model(tokens), model(tokens.flip(1)))
     assert swapped == (kind == "none")
     assert hasattr(model, "position_table") == (kind == "learned")
+
+
+GREY = {"dataset": "cifar10", "max_seq_len": 16, "num_segments": 2}
+STARTS = {"token_embedding": "ordinal", "position_scale": 2.0, "readout_norm": "batch"}
+
+
+@pytest.mark.parametrize("changed", STARTS)
+def test_each_start_changes_its_own_weights_alone(changed):
+    models = {}
+    for name, changes in {"off": {}, "on": {changed: STARTS[changed]}}.items():
+        torch.manual_seed(0)
+        models[name] = build_model(tiny_config(**GREY, **changes))
+    own = {"token_embedding": "token_embedding.weight", "position_scale": "position_table"}
+    off, on = (dict(models[name].named_parameters()) for name in ("off", "on"))
+    for name, parameter in off.items():
+        same = parameter.equal(on[name.replace("head.", "head.1.") if changed == "readout_norm"
+                                  else name])
+        assert same == (name != own.get(changed)), name
+
+
+def test_an_ordinal_start_gives_like_grey_levels_like_vectors():
+    weight = build_model(tiny_config(**GREY, token_embedding="ordinal")).token_embedding.weight
+    assert not weight[0].any()  # padding
+    levels = weight.detach()[1:]
+    near, far = ((levels[d:] - levels[:-d]).norm(dim=1).mean() for d in (1, 128))
+    assert near < far / 10
+    assert float(levels.square().mean()) == pytest.approx(1, abs=0.2)
+
+
+def test_position_scale_starts_the_learned_positions_at_multiples_of_the_sinusoids():
+    config = tiny_config(position_scale=2.0)
+    one, two = (build_model(tiny_config(position_scale=s)).position_table for s in (1.0, 2.0))
+    torch.testing.assert_close(two, 2 * one)
+    torch.testing.assert_close(one, sinusoidal_positions(torch.arange(40), config.dim, one.dtype))
+
+
+def test_a_batch_normed_readout_hands_the_head_standardised_features():
+    model = build_model(tiny_config(readout_norm="batch"))
+    seen = []
+    model.head[1].register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))
+    tokens = torch.cat([tiny_batch(model.config, seed=s).tokens for s in range(20)])
+    model.train()(tokens)
+    torch.testing.assert_close(seen[0].mean(dim=0), torch.zeros(16), atol=1e-4, rtol=0)
+    assert float(seen[0].std(dim=0).min()) > 0.5
+    # In evaluation an example's result does not depend on its batch.
+    model.eval()
+    torch.testing.assert_close(model(tokens)[:1], model(tokens[:1]))
 
 
 def test_sequences_that_do_not_fit_are_refused():

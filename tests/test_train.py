@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train as train_module
+from distributed import Processes
 from lra_config import ConfigError, dump_config, make_config
 from model import build_model
 from optimization import build_optimizer, learning_rate_factor
@@ -248,3 +249,11 @@ def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
     amrb_backward(twin, batch)
     for ours, expected in zip(trainer.model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours.grad, expected.grad)
+
+
+def test_a_batch_normed_readout_is_refused_where_processes_share_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "current_processes", lambda: Processes(0, 2))
+    config = tiny_config(readout_norm="batch", output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="2; start one, or set readout_norm=none"):
+        train_module.Trainer(config, resume=False)
+    assert not list(tmp_path.iterdir())
