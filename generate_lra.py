@@ -2,7 +2,7 @@
 
 Use `python generate_lra.py listops --out datasets --seed 0`, or `pathfinder32`: the same seed gives
 the same bytes whatever the number of workers, because chunk i always draws from random stream i
-and the chunks are consumed in order.
+and the chunks are consumed in order. `review_pairs` cuts up the IMDb reviews of the data root.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import pathfinder
+import review_pairs
 
 # Raise it whenever a change alters the bytes that a seed gives.
 FORMAT_VERSION = 1
@@ -60,6 +61,7 @@ PIECES += [
 ]
 
 PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")
+AAN_FOLDER = Path("lra_release", "tsv_data")
 BATCH_IMAGES = 1_000  # images in one folder imgs/K
 CHUNK_IMAGES = 250  # drawn at once from one random stream, part of the format; divides a batch
 
@@ -584,6 +586,62 @@ def generate_pathfinder(
     return target
 
 
+def generate_review_pairs(
+    out: str | Path, *, seed: int, imdb: str | Path | None = None, reviews: int | None = None
+) -> Path:
+    """Write a stand-in for AAN, cut from IMDb reviews, in AAN's format, and GENERATED.json.
+
+    A tenth of IMDb's training reviews, drawn by the seed, makes the eval file.
+
+    Args:
+        out: data root; the files go to `out`/lra_release/tsv_data, where AAN's stand.
+        seed: with the reviews, it determines every byte.
+        imdb: the folder aclImdb; None takes `out`/aclImdb.
+        reviews: how many of each of IMDb's two parts to use; None takes all.
+    Returns:
+        The folder of the files.
+    Raises:
+        ValueError: an argument is out of range.
+        OSError: IMDb is missing, or a file exists already or cannot be written; nothing of this
+            call remains.
+    """
+    _check_numbers(seed, **({} if reviews is None else {"reviews": reviews}))
+    imdb = Path(out, "aclImdb") if imdb is None else Path(imdb)
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for part in ("train", "test"):
+        found = review_pairs.read_reviews(imdb, part)
+        drawn[part] = [found[i] for i in rng.permutation(len(found))[:reviews]]
+    held_out = len(drawn["train"]) // 10
+    splits = {
+        "train": drawn["train"][held_out:], "eval": drawn["train"][:held_out],
+        "test": drawn["test"],
+    }
+
+    folder = Path(out) / AAN_FOLDER
+    names = {split: f"new_aan_pairs.{split}.tsv" for split in splits}
+    with whole_files(folder, [*names.values(), "GENERATED.json"]) as (*split_files, record_file):
+        counts, sha256 = {}, {}
+        for file, (split, chosen) in zip(split_files, splits.items(), strict=True):
+            rows = list(review_pairs.pair_rows(chosen, rng))
+            content = b"".join(rows)
+            file.write(content)
+            counts[split] = len(rows)
+            sha256[names[split]] = hashlib.sha256(content).hexdigest()
+        record = {
+            "task": "review_pairs",
+            "stand_in": "stand-in for AAN: parts of IMDb reviews",
+            "format_version": FORMAT_VERSION,
+            "seed": seed,
+            "counts": counts,
+            "parameters": {"cut": review_pairs.CUT, "reviews": reviews},
+            "numpy": np.__version__,
+            "sha256": sha256,
+        }
+        record_file.write((json.dumps(record, indent=2) + "\n").encode())
+    return folder
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, without the usage text."""
 
@@ -599,11 +657,12 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", required=True, help="data root, the data_dir of a configuration")
     common.add_argument("--seed", type=int, required=True, help="same seed, same bytes")
-    common.add_argument("--workers", type=int, help="processes (default: all available cores)")
+    parallel = argparse.ArgumentParser(add_help=False)
+    parallel.add_argument("--workers", type=int, help="processes (default: all available cores)")
 
     listops = tasks.add_parser(
         "listops",
-        parents=[common],
+        parents=[common, parallel],
         help="nested list operations, 10 classes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -616,7 +675,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     paths = tasks.add_parser(
         "pathfinder32",
-        parents=[common],
+        parents=[common, parallel],
         help="are the two markers on one contour, 2 classes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -628,6 +687,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     paths.add_argument("--images", type=int, default=200_000, help="images, labels balanced")
     paths.set_defaults(generate=generate_pathfinder)
+
+    pairs = tasks.add_parser(
+        "review_pairs",
+        parents=[common],
+        help="are two texts parts of one IMDb review: a stand-in for AAN, 2 classes",
+    )
+    pairs.add_argument("--imdb", help="folder aclImdb (default: in --out)")
+    pairs.add_argument("--reviews", type=int, help="of each of its two parts (default: all)")
+    pairs.set_defaults(generate=generate_review_pairs)
     return parser
 
 

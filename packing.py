@@ -81,7 +81,7 @@ class Reader(Protocol):
         """Yield (documents, label); the documents as the tokenizer encodes them."""
 
     def origin(self) -> str:
-        """`downloaded` or `generated`."""
+        """`downloaded`, `generated`, or what the data stand in for."""
 
 
 def held_out_rows(num_examples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,7 @@ class Summary:
     skipped_steps: int  # `on_nonfinite: skip`
     processes: int
     hardware: str
-    data: str  # downloaded or generated
+    data: str  # downloaded, generated, or what the data stand in for
     examples: dict[str, int]  # per split
     skipped: int  # examples whose file is empty
     command: str

@@ -1,0 +1,85 @@
+"""Pairs of texts from IMDb reviews: a stand-in for AAN, whose texts may not be redistributed.
+
+The question is whether two texts are the two parts of one review. Two reviews of one rating and of
+nearly the same length make a couple, and both are cut at the same share of their length. In every
+other couple the second parts change places. Each part stands in one pair alone, so that neither a
+part by itself nor the two lengths give the label away: what does is that the parts fit together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
+COLUMN_BREAKS = bytes.maketrans(b"\t\r\n", b"   ")
+MARKUP = b"<br />"  # an author who divides one part of a review so does it in the other too
+
+
+class Review(NamedTuple):
+    """One file of IMDb, named `<number>_<rating>.txt`."""
+
+    name: str  # unique over the data set
+    rating: int  # 1 to 10
+    text: bytes  # without tabs, line ends and markup
+
+
+def read_reviews(folder: Path, part: str) -> list[Review]:
+    """The labelled reviews of `folder`/{part}/{pos,neg}, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file's name holds no rating.
+    """
+    reviews = []
+    for path in sorted((folder / part).glob("[np]*/*.txt")):
+        rating = path.stem.partition("_")[2]
+        if not rating.isdigit():
+            raise ValueError(f"{path}: the name is not <number>_<rating>.txt; fetch IMDb again")
+        text = path.read_bytes().translate(COLUMN_BREAKS).replace(MARKUP, b" ")
+        reviews.append(Review(f"{part}_{path.parent.name}_{path.stem}", int(rating), text))
+    if not reviews:
+        raise FileNotFoundError(
+            f"{folder / part}: holds no reviews; run ./get_lra_data.sh imdb, or name its aclImdb"
+        )
+    return reviews
+
+
+def cut(text: bytes, share: float) -> tuple[bytes, bytes]:
+    """Two parts of a text, divided at a space near `share` of its length; it belongs to neither."""
+    middle = round(share * len(text))
+    space = text.find(b" ", middle)
+    if space < 0:
+        space = text.rfind(b" ", 0, middle)
+    return (text[:middle], text[middle:]) if space < 0 else (text[:space], text[space + 1 :])
+
+
+def pair_rows(reviews: Sequence[Review], rng: np.random.Generator) -> Iterator[bytes]:
+    """Rows `label, name, name, text, text` in random order, as many of label 1 as of label 0.
+
+    Of a rating with an odd number of reviews the longest is left out, of all couples at most one.
+    """
+    by_rating = defaultdict(list)
+    for review in reviews:
+        by_rating[review.rating].append(review)
+    couples = []
+    for rating in sorted(by_rating):
+        ordered = sorted(by_rating[rating], key=lambda review: (len(review.text), review.name))
+        couples += zip(ordered[::2], ordered[1::2], strict=False)
+    couples = [couples[i] for i in rng.permutation(len(couples) // 2 * 2)]
+
+    rows = []
+    for number, couple in enumerate(couples):
+        share = rng.uniform(*CUT)
+        first, second = ([*zip(couple, parts, strict=True)] for parts in
+                         zip(*(cut(review.text, share) for review in couple), strict=True))
+        label = number % 2
+        for (a, text_a), (b, text_b) in zip(first, second if label else second[::-1], strict=True):
+            columns = (b"%d.0" % label, a.name.encode(), b.name.encode(), text_a, text_b)
+            rows.append(b"\t".join(columns) + b"\n")
+    for i in rng.permutation(len(rows)):
+        yield rows[i]
