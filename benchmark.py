@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from backprop import StepResult, amrb_backward, bptt_backward
 from dataloader import Batch
-from execution import GraphedBackward, resolve_device
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
-from optimization import build_optimizer
-from utils import hardware, versions, write_json
+from run.files import write_json
+from train import StepResult, amrb_backward, bptt_backward
+from training.acceleration import GraphedBackward, resolve_device
+from training.optimizer import build_optimizer
+from utils import hardware, versions
 
 WARMUP_STEPS, TIMED_STEPS = 1, 3
 LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fewer

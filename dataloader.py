@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed import ALONE, Processes
+from data.packing import PackedSplit
 from lra_config import PADDING_ID, Config, ConfigError
-from packing import PackedSplit
+from run.processes import ALONE, Processes
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together
 TRIM_TOKENS = 64  # batches are padded to a multiple of this, as far as it divides the segment
@@ -51,7 +51,7 @@ def collate(
     S = config.segment_len
     multiple = S if whole_segments else math.gcd(S, TRIM_TOKENS)
     longest = lengths.max(axis=0)  # (K,)
-    if config.num_encoded == K:
+    if config.num_sequences == K:
         longest[:] = width = max(-(-longest.max() // multiple), 1) * multiple
     else:
         width = config.document_len

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
@@ -22,22 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PADDING_ID = 0
 VOCABULARY_WORDS = 20_000  # of the word level
 
-# Keys that say where and how a run is carried out on a machine, not what it computes.
-LOCAL_KEYS = frozenset({
-    "data_dir", "output_dir", "device", "embedding_path", "wandb", "wandb_mode", "wandb_project",
-    "wandb_entity", "wandb_run_name",
-})
-# Keys that decide what a set of weights computes: another value asks for other weights.
-MODEL_KEYS = (
-    "dataset", "max_seq_len", "document_pair", "num_segments", "num_memory_tokens", "astro_mem",
-    "attention_type", "dim", "num_layers", "num_heads", "ffn_dim", "pooling", "readout_norm",
-    "position_embedding", "hebbian_astro", "hebbian_sigmoid", "hebbian_scale",
-    "presynaptic_alpha", "presynaptic_normalize", "decay_scale",
-    "nystrom_landmarks", "nystrom_iterations", "nystrom_conv",
-)
+class UserError(Exception):
+    """What a user can mend, told in one line: it ends a program in the place of a traceback."""
+
+    exit_status = 2
+    met_by_all = True  # of several processes each meets it alike: the first one tells
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A mistake in the configuration, told in one line."""
 
 
@@ -150,6 +142,29 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+@dataclass(frozen=True)
+class Role:
+    """What a configuration key decides, declared beside the key.
+
+    By default it has a part in the outcome of a training and none in what given weights compute.
+    """
+
+    model: bool = False  # what a set of weights computes: another value asks for other weights
+    outcome: bool = True  # what a training comes to
+    local: bool = False  # concerns one machine: not exported with the weights
+    may_change: bool = False  # between a checkpoint and the run that goes on from it
+    sweep: bool = True  # may hold several values, one run each
+
+
+Value = TypeVar("Value")
+Model = Annotated[Value, Role(model=True)]
+# How a run is carried out and watched.
+Manner = Annotated[Value, Role(outcome=False, may_change=True)]
+# Where a run is carried out, and who hears of it.
+Place = Annotated[Value, Role(outcome=False, local=True, may_change=True, sweep=False)]
+Adjustable = Annotated[Value, Role(may_change=True)]
+
+
 class Config(BaseModel):
     """One run. Lengths count tokens, widths count features, intervals count optimizer steps.
 
@@ -160,80 +175,84 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     # Data
-    dataset: Literal[tuple(TASKS)]
-    data_dir: str = "datasets"
-    download: bool = False  # fetch CIFAR-10 or IMDb when they are not there
-    max_seq_len: Size  # after padding to whole segments; null: the task table's
-    document_pair: Literal["joint", "separate"] = "joint"  # aan: one sequence, or one each
-    embedding_path: str | None = None  # word level: pretrained vectors, GloVe's text format
+    dataset: Model[Literal[tuple(TASKS)]]
+    data_dir: Place[str] = "datasets"
+    download: Manner[bool] = False  # fetch CIFAR-10 or IMDb when they are not there
+    max_seq_len: Model[Size]  # after padding to whole segments; null: the task table's
+    document_pair: Model[Literal["joint", "separate"]] = "joint"  # aan: one sequence, or one each
+    # Word level: pretrained vectors in GloVe's text format.
+    embedding_path: Annotated[str | None, Role(local=True)] = None
     bucket_by_length: bool = False  # batches of like length: less padding, same epochs
 
     # Segments and memory
-    num_segments: Size  # T; null: the task table's (paper: one of 2, 4, 8, 16)
-    num_memory_tokens: Count = 1  # M; 0 is the no-memory ablation
-    astro_mem: bool = True  # retention factor on the memory (paper); false: all factors are one
+    num_segments: Model[Size]  # T; null: the task table's (paper: one of 2, 4, 8, 16)
+    num_memory_tokens: Model[Count] = 1  # M; 0 is the no-memory ablation
+    astro_mem: Model[bool] = True  # retention factor on the memory (paper); false: all are 1
     memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
 
     # Encoder
-    attention_type: Literal["astro", "softmax", "linear", "nystrom", "luna"] = "astro"
-    dim: Size = 64
-    num_layers: Size = 2
-    num_heads: Size = 2
-    ffn_dim: Size = 128
+    attention_type: Model[Literal["astro", "softmax", "linear", "nystrom", "luna"]] = "astro"
+    dim: Model[Size] = 64
+    num_layers: Model[Size] = 2
+    num_heads: Model[Size] = 2
+    ffn_dim: Model[Size] = 128
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    pooling: Literal["mean", "last", "memory"] = "mean"
-    readout_norm: Literal["none", "batch"] = "none"  # of the head's input; unpublished
+    pooling: Model[Literal["mean", "last", "memory"]] = "mean"
+    readout_norm: Model[Literal["none", "batch"]] = "none"  # of the head's input; unpublished
     # Start of the tokens' vectors, unpublished; ordinal: like vectors for like grey levels
     token_embedding: Literal["random", "ordinal"] = "random"
-    position_embedding: Literal["learned", "sinusoidal", "none"] = "learned"
+    position_embedding: Model[Literal["learned", "sinusoidal", "none"]] = "learned"
     # Start of the learned positions, unpublished: this times the sinusoids; null: small noise
     position_scale: Positive | None = None
 
     # Terms of the astromorphic attention
-    hebbian_astro: bool = True  # H_astro, the relative positions (paper)
-    hebbian_sigmoid: bool = False  # sigmoid around H: AT has it, RMAAT has not (paper)
-    hebbian_scale: Positive | None = None  # divisor of H; null: m, the width of a head (paper)
-    presynaptic_alpha: Positive = 0.25  # paper; AT's tested range is 0.15-0.4
-    presynaptic_normalize: bool = True  # P = 1 / C (paper); false: P = 1
-    decay_scale: NonNegative = 1.0  # of the position kernel, per token; unpublished
+    hebbian_astro: Model[bool] = True  # H_astro, the relative positions (paper)
+    hebbian_sigmoid: Model[bool] = False  # sigmoid around H: AT has it, RMAAT has not (paper)
+    hebbian_scale: Model[Positive | None] = None  # divisor of H; null: m (paper)
+    presynaptic_alpha: Model[Positive] = 0.25  # paper; AT's tested range is 0.15-0.4
+    presynaptic_normalize: Model[bool] = True  # P = 1 / C (paper); false: P = 1
+    decay_scale: Model[NonNegative] = 1.0  # of the position kernel, per token; unpublished
     position_basis: Literal["localised", "random"] = "localised"  # start of B; unpublished
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
 
     # attention_type: nystrom
-    nystrom_landmarks: Size = 64
-    nystrom_iterations: Size = 6  # of the pseudo-inverse
-    nystrom_conv: Count = 35  # width of the convolution over the values, odd; 0: off
+    nystrom_landmarks: Model[Size] = 64
+    nystrom_iterations: Model[Size] = 6  # of the pseudo-inverse
+    nystrom_conv: Model[Count] = 35  # width of the convolution over the values, odd; 0: off
 
     # Optimization
     batch_size: Size = 32  # per process and backward pass
     accumulate: Size = 1  # backward passes per step
     max_steps: Size = 5_000
-    stop_after_steps: Size | None = None  # end earlier on the same schedule
+    # End earlier on the same schedule; in the outcome `last_step` stands for it.
+    stop_after_steps: Manner[Size | None] = None
     learning_rate: Positive = 1e-3
     warmup_steps: Count = 200
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: NonNegative = 0.01
     grad_clip: NonNegative = 1.0  # global norm; 0: off
-    eval_interval: Size = 250
-    log_interval: Size = 10
-    checkpoint_interval: Size = 50
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite
+    eval_interval: Adjustable[Size] = 250
+    log_interval: Manner[Size] = 10
+    checkpoint_interval: Manner[Size] = 50
+    on_nonfinite: Adjustable[Literal["stop", "skip"]] = "stop"  # at a loss that is not finite
     seed: Count = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Role(outcome=False, local=True, may_change=True)
+    ] = "auto"
     # auto: on CUDA bfloat16, or float16 where the device has none
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    compile: Literal["auto"] | bool = "auto"  # torch.compile of a segment; auto: on CUDA
-    cuda_graphs: Literal["auto"] | bool = "auto"  # the whole step captured and replayed
+    compile: Manner[Literal["auto"] | bool] = "auto"  # torch.compile of a segment; auto: on CUDA
+    cuda_graphs: Manner[Literal["auto"] | bool] = "auto"  # the whole step captured and replayed
 
     # The run's folder and logging
-    output_dir: str = "runs"
-    run_name: str  # null: <dataset>_<attention_type>_seed<seed>
-    log_internals: bool = False  # gradient norm, least C, memory norms at every log interval
-    wandb: bool = False
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` sends it later
-    wandb_project: str = "rmaat"
-    wandb_entity: str | None = None  # team or user; null: the login's own
-    wandb_run_name: str | None = None  # null: run_name
+    output_dir: Place[str] = "runs"
+    run_name: Manner[str]  # null: <dataset>_<attention_type>_seed<seed>
+    log_internals: Manner[bool] = False  # gradient norm, least C, norms of the memories
+    wandb: Place[bool] = False
+    wandb_mode: Place[Literal["online", "offline"]] = "online"  # offline: for `wandb sync` later
+    wandb_project: Place[str] = "rmaat"
+    wandb_entity: Place[str | None] = None  # team or user; null: the login's own
+    wandb_run_name: Place[str | None] = None  # null: run_name
 
     @model_validator(mode="before")
     @classmethod
@@ -336,6 +355,15 @@ class Config(BaseModel):
             )
         return self
 
+    @classmethod
+    def keys(cls, attribute: str) -> list[str]:
+        """The keys whose `Role` has this attribute set."""
+        roles = {
+            key: next((m for m in field.metadata if isinstance(m, Role)), Role())
+            for key, field in cls.model_fields.items()
+        }
+        return [key for key, role in roles.items() if getattr(role, attribute)]
+
     @property
     def task(self) -> Task:
         return TASKS[self.dataset]
@@ -346,7 +374,7 @@ class Config(BaseModel):
         return self.max_seq_len // self.task.num_documents
 
     @property
-    def num_encoded(self) -> int:
+    def num_sequences(self) -> int:
         """The sequences that the encoder sees of one example: 2 with `document_pair: separate`."""
         return self.task.num_documents if self.document_pair == "separate" else 1
 

@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from generate_lra import generate_listops, generate_pathfinder
+from data.listops import generate_listops
+from data.packing import SPLITS, DataError, Reader, cache_dir, fingerprint, held_out_rows
+from data.pathfinder import generate_pathfinder
 from lra_config import Config, WordTokenizer
-from packing import SPLITS, DataError, Reader, cache_dir, fingerprint, held_out_rows
-from utils import first_line, log_line, write_json
+from run.files import write_json
+from run.terminal import log_line
+from utils import first_line
 
 GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
 Example = tuple[tuple[np.ndarray, ...], int]

@@ -7,12 +7,27 @@ Shape letters, with the paper's symbol where it differs:
     M  memory tokens               N  rows of one segment's input, M + S (n)
     D  width of the model (d)      H  heads
     d  width of a head (m, d_v)    C  classes
+
+Three rules hold for every attention type, and are stated here once:
+
+Memory. mem_1 is learned; what segment t makes of it, times RetentionFactor(t, T), is mem_{t+1}. T
+is always the configured number of segments and t the absolute index, whether or not segments that
+are padding for a whole batch are run.
+
+Padding. Padded rows are no keys. A segment in which a sample has no real token leaves that sample's
+memory as it was, without its factor, and adds nothing to its read-out (`RMAAT.encode`).
+
+Read-out. `pooling: mean` is the mean over all real tokens of all segments, without memory rows;
+`last` the mean over the real tokens of the last segment that holds one; `memory` the mean of the M
+memory rows that leave that segment, before the factor. A sequence without a real token reads out
+zero (`RMAAT.encode` takes each segment's share, `RMAAT.combine` joins them).
+Deviation: the paper does not publish its read-out.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +36,11 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-import checkpoint
 from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
-from dropout import derive_keys, draw_seed, dropout
+from attention.dropout import derive_keys, draw_seed, dropout
 from lra_config import PADDING_ID, Config, make_config
+from run import checkpoint
 from utils import ordinal_embedding, sinusoidal_positions
 
 __all__ = [
@@ -60,7 +75,7 @@ class EncoderLayer(nn.Module):
         """Encode x (B, N, D); the keys decide the dropout masks, None drops nothing."""
         attended = dropout(self.attention(x, mask, positions), self.dropout, keys[0])
         x = self.attention_norm(x + attended)
-        M = self.attention.num_unfed_rows
+        M = self.attention.num_pass_through_rows
         unfed, x = x[:, :M], x[:, M:]
         hidden = dropout(F.gelu(self.expand(x)), self.dropout, keys[1])  # (B, N, ffn_dim)
         x = self.feed_forward_norm(x + dropout(self.contract(hidden), self.dropout, keys[2]))
@@ -100,11 +115,11 @@ class RMAAT(
         self.vocabulary = None if vocabulary is None else list(vocabulary)
         self.segment_len = config.segment_len
         self.max_seq_len = config.max_seq_len
-        self.num_encoded = config.num_encoded  # sequences that one example is encoded as
+        self.num_sequences = config.num_sequences  # sequences that one example is encoded as
         self.pooling = config.pooling
         self.precision = config.precision
         self.position_embedding = config.position_embedding
-        T = config.num_segments // self.num_encoded
+        T = config.num_segments // self.num_sequences
         factors = retention_factors(T) if config.astro_mem else torch.ones(T, dtype=torch.float64)
         self.register_buffer("retention_factors", factors, persistent=False)
 
@@ -123,7 +138,7 @@ class RMAAT(
         std = ATTENTION[config.attention_type].memory_std
         self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        head_dim = config.dim if self.num_encoded == 1 else 4 * config.dim
+        head_dim = config.dim if self.num_sequences == 1 else 4 * config.dim
         self.head = nn.Linear(head_dim, config.task.num_classes)
         if config.readout_norm == "batch":
             # The head's weights do its scale and shift.
@@ -149,18 +164,34 @@ class RMAAT(
         Raises:
             ValueError: L is 0 or exceeds `max_seq_len`, or the mask has another shape.
         """
-        positions = self.positions()
-        if seed is None:
-            seed = self.dropout_seed()
         segments, mask = self.split(tokens, mask)
-        memory = self.initial_memory(len(segments[0].tokens))
-        readouts = []
-        for index, segment in enumerate(segments):
-            memory, readout = self.segment(
-                segment.tokens, memory, index, segment.mask, positions, seed
-            )
-            readouts.append(readout)
+        readouts = [readout for _, readout in self.recur(segments, seed=seed)]
         return self.head(self.combine(readouts, mask))
+
+    def recur(
+        self,
+        segments: Sequence[Segment],
+        positions: Tensor | None = None,
+        seed: Tensor | None = None,
+        run: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Encode segments in order, each from the memory that the one before it left.
+
+        Args:
+            segments: the first ones of a sequence, as `split` cuts them.
+            positions: what `positions()` returned; None computes them here.
+            seed: what `dropout_seed()` returned; None draws one here, if any is needed.
+            run: what encodes a segment, `segment` by default.
+        Yields:
+            What `segment` returns: mem_{t+1} (B, M, D) and the share of the read-out (B, D).
+        """
+        run = run or self.segment
+        positions = self.positions() if positions is None else positions
+        seed = self.dropout_seed() if seed is None else seed
+        memory = self.initial_memory(len(segments[0].tokens)) if segments else None
+        for index, (tokens, mask) in enumerate(segments):
+            memory, readout = run(tokens, memory, index, mask, positions, seed)
+            yield memory, readout
 
     def split(
         self, tokens: Tensor, mask: Tensor | None = None
@@ -185,9 +216,9 @@ class RMAAT(
             raise ValueError(
                 f"mask {tuple(mask.shape)} and tokens {tuple(tokens.shape)} differ in shape"
             )
-        if L % self.num_encoded:
-            raise ValueError(f"got {L} tokens for {self.num_encoded} documents of equal length")
-        tokens = tokens.reshape(-1, L // self.num_encoded)
+        if L % self.num_sequences:
+            raise ValueError(f"got {L} tokens for {self.num_sequences} documents of equal length")
+        tokens = tokens.reshape(-1, L // self.num_sequences)
         mask = None if mask is None else mask.reshape(tokens.shape)
         if mask is None and tokens.shape[1] % self.segment_len:
             mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -268,18 +299,20 @@ class RMAAT(
             retention_factor: ().
             keys: of the dropout masks, the embedding's and then each layer's; None drops nothing.
         """
-        K = EncoderLayer.NUM_KEYS
-        embed_key, *layer_keys = [None] * (1 + K * len(self.layers)) if keys is None else keys
+        per_layer = EncoderLayer.NUM_KEYS
+        if keys is None:
+            keys = [None] * (1 + per_layer * len(self.layers))
+        embedding_key, *layer_keys = keys
         M = memory.shape[1]
         x = self.token_embedding(tokens)  # (B, S, D)
         if position_embedding is not None:
             x = x + position_embedding
-        x = dropout(self.embedding_norm(x), self.dropout, embed_key)
+        x = dropout(self.embedding_norm(x), self.dropout, embedding_key)
         x = torch.cat([memory, x.to(memory.dtype)], dim=1)  # (B, N, D)
         rows = None if mask is None else F.pad(mask, (M, 0), value=True)  # (B, N)
         for i, layer in enumerate(self.layers):
             terms = None if positions is None else positions[i, :, : x.shape[1]]  # (H, N, d)
-            x = layer(x, rows, terms, layer_keys[K * i : K * (i + 1)])
+            x = layer(x, rows, terms, layer_keys[per_layer * i : per_layer * (i + 1)])
         memory_out = x[:, :M].to(memory.dtype)
         readout = self._read_out(memory_out, x[:, M:], mask)
         next_memory = retention_factor * memory_out
@@ -324,7 +357,7 @@ class RMAAT(
             `document_pair: separate`, from (2B, D) the match [u, v, u * v, u - v], (B, 4D).
         """
         pooled = self._pool(readouts, mask)
-        if self.num_encoded == 1:
+        if self.num_sequences == 1:
             return pooled
         u, v = pooled.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
         return torch.cat([u, v, u * v, u - v], dim=1)
@@ -342,8 +375,15 @@ class RMAAT(
         last = (active * order).argmax(dim=1)  # (B,)
         return stacked[torch.arange(len(last), device=last.device), last]
 
+    def state(self) -> dict[str, Any]:
+        """What brings the model back: weights, configuration, vocabulary; in every checkpoint."""
+        return {
+            "model": self.state_dict(), "config": self.config.model_dump(),
+            "vocabulary": self.vocabulary,
+        }
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        checkpoint.export(self, save_directory)
+        checkpoint.export(self.state(), save_directory)
 
     @classmethod
     def _from_pretrained(

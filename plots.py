@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from run_log import read_metrics
-from utils import atomic_write
+from run.files import atomic_write
+from run.log import read_metrics
 
 
 def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:

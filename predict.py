@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError
+from data.packing import DataError, PackedSplit, Tokenizer, load_splits
 from dataloader import collate, evaluation_batches
-from distributed import current_processes
-from execution import resolve_device
-from lra_config import MODEL_KEYS, ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
+from lra_config import ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
-from packing import DataError, PackedSplit, Tokenizer, load_splits
+from run import checkpoint
+from run.checkpoint import CheckpointError
+from run.processes import current_processes
 from train import evaluate
+from training.acceleration import resolve_device
 
 IMAGES = {"cifar10", "pathfinder32"}
 TAB_SEPARATED = {"listops", "aan"}  # where a tab is no part of a document
@@ -47,7 +47,7 @@ def load_trained(
     saved = make_config(state["config"], str(path))
     if config is None:
         config = make_config({**state["config"], **(overrides or {})}, str(path))
-    for key in MODEL_KEYS:
+    for key in Config.keys("model"):
         ours, theirs = getattr(config, key), getattr(saved, key)
         if ours != theirs:
             raise ConfigError(

@@ -27,17 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import published
+from experiments import published
+from experiments.tables import Measured, ablation_table, accuracy_table, ratio_table
 from lra_config import (
-    LOCAL_KEYS,
     Config,
     ConfigError,
     dump_config,
     load_config,
     read_mapping,
 )
-from tables import Measured, ablation_table, accuracy_table, ratio_table
-from utils import atomic_write, write_json
+from run.files import atomic_write, write_json
+from run.signals import caught_signals
 
 ROOT = Path(__file__).parent
 RESULTS, RUNS = Path("results"), Path("runs")
@@ -55,13 +55,6 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
 }
 REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
-
-# Keys that say where and how a run is carried out, and leave its outcome as it is.
-NO_PART_OF_THE_OUTCOME = (LOCAL_KEYS - {"embedding_path"}) | {
-    "download", "compile", "cuda_graphs", "run_name", "log_interval", "checkpoint_interval",
-    "stop_after_steps",
-}
-
 
 class Interrupted(Exception):
     """A signal arrived; the child saved a checkpoint and ended."""
@@ -149,7 +142,7 @@ class Cell:
 
 def outcome_key(config: Config) -> str:
     """What decides a run's outcome; equal for runs that are repetitions of each other."""
-    values = {k: v for k, v in config.model_dump().items() if k not in NO_PART_OF_THE_OUTCOME}
+    values = config.model_dump(include=set(Config.keys("outcome")))
     return json.dumps({**values, "last_step": config.last_step}, sort_keys=True)
 
 
@@ -174,22 +167,12 @@ def run_logged(arguments: Sequence[str], log: Path) -> str | None:
         Interrupted: a signal arrived.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    received: list[int] = []
-
-    def hand_on(number: int, _frame: object) -> None:
-        received.append(number)
-        child.send_signal(number)
-
     with open(log, "w") as handle:
         child = subprocess.Popen(
             [sys.executable, *arguments], stdout=handle, stderr=subprocess.STDOUT
         )
-        previous = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with caught_signals(child.send_signal) as received:
             status = child.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
     if received:
         raise Interrupted(received[0])
     if status == 0:

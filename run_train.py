@@ -11,33 +11,20 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-import torch
+from experiments.grid import load_runs
+from lra_config import ConfigError, UserError, load_config, single_values
+from run.signals import exit_on_sigterm
+from run.terminal import is_first_process, log_line
 
-from checkpoint import CheckpointError
-from distributed import (
-    FirstProcessFailed,
-    current_processes,
-    is_first_process,
-    joined_processes,
-)
-from lra_config import ConfigError, load_config, single_values
-from model import RMAAT
-from packing import DataError
-from predict import evaluate_splits, load_trained, predict
-from run_state import Interrupted, NonFiniteError
-from sweep import load_runs, run_sweep, sweep_table
-from train import train
-from utils import log_line
-
-
-def _exit_on_sigterm(number: int, _frame: object) -> NoReturn:
-    # As an exception, so that half-written files are removed on the way out.
-    sys.exit(128 + number)
+# torch takes a second to load. What it is needed for is imported once the command line and the
+# configuration have been found right, so that a mistake is answered at once.
+if TYPE_CHECKING:
+    from model import RMAAT
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,30 +55,24 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    exit_on_sigterm()
     try:
-        with joined_processes():
-            run(arguments)
-    except (ConfigError, NonFiniteError) as error:
-        return fail(error, 2)
-    except (DataError, CheckpointError) as error:
-        return fail(error, 2, by_all=False)
-    except FirstProcessFailed:
-        return 2
+        carry_out = checked_command(arguments)
+        from run.processes import joined_processes
+        from training.acceleration import told_out_of_memory
+
+        with told_out_of_memory(), joined_processes():
+            carry_out()
+    except UserError as error:
+        return fail(error, error.exit_status, by_all=error.met_by_all)
     except BrokenPipeError:  # the reader of the predictions has had enough
         sys.stdout = open(os.devnull, "w")
         return 0
-    except torch.OutOfMemoryError as error:
-        what, _, _ = str(error).partition(" GPU ")  # how the allocator's memory is laid out
-        advice = "lower batch_size, for which accumulate makes up, or raise num_segments"
-        return fail(f"{what} {advice}", 2, by_all=False)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
         return fail(reason, 2, by_all=False)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    except Interrupted as error:
-        return fail(f"{error}; go on with --resume", error.exit_status)
     return 0
 
 
@@ -102,41 +83,58 @@ def fail(reason: object, exit_status: int, *, by_all: bool = True) -> int:
     return exit_status
 
 
-def run(arguments: argparse.Namespace) -> None:
+def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
+    """What the arguments ask for, its configuration read and validated.
+
+    Raises:
+        ConfigError: they contradict each other, or the configuration is wrong.
+    """
     if arguments.eval_only and arguments.predict:
         raise ConfigError("--eval_only and --predict exclude each other; give one of them")
-    if arguments.predict and current_processes().world_size > 1:
+    if arguments.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("--predict works in one process; start it without torchrun")
-    if arguments.eval_only:
-        print_evaluation(trained_model(arguments))
-    elif arguments.predict:
-        print_predictions(trained_model(arguments), arguments.predict)
-    elif arguments.checkpoint:
+    if arguments.eval_only or arguments.predict:
+        load_model = checked_model(arguments)
+        if arguments.eval_only:
+            return lambda: print_evaluation(load_model())
+        return lambda: print_predictions(load_model(), arguments.predict)
+    if arguments.checkpoint:
         raise ConfigError(
             "--checkpoint goes with --eval_only or --predict; a run goes on from its own last.pt "
             "with --resume"
         )
-    else:
-        print_training(arguments)
-
-
-def trained_model(arguments: argparse.Namespace) -> RMAAT:
-    if arguments.config:
-        config = load_config(arguments.config, arguments.overrides)
-        return load_trained(arguments.checkpoint or config.run_dir / "best.pt", config)
-    if not arguments.checkpoint:
-        raise ConfigError("--checkpoint is missing; name a run's best.pt, or its --config")
-    return load_trained(arguments.checkpoint, overrides=single_values(arguments.overrides))
-
-
-def print_training(arguments: argparse.Namespace) -> None:
     if not arguments.config:
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
     configs, varied = load_runs(arguments.config, arguments.overrides)
+    return lambda: print_training(configs, varied, resume=arguments.resume)
+
+
+def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
+    """The loading of the trained model that the arguments name."""
+    config, overrides = None, {}
+    if arguments.config:
+        config = load_config(arguments.config, arguments.overrides)
+    elif arguments.checkpoint:
+        overrides = single_values(arguments.overrides)
+    else:
+        raise ConfigError("--checkpoint is missing; name a run's best.pt, or its --config")
+
+    def load() -> RMAAT:
+        from predict import load_trained
+
+        return load_trained(arguments.checkpoint or config.run_dir / "best.pt", config, overrides)
+
+    return load
+
+
+def print_training(configs: list, varied: list[str], *, resume: bool) -> None:
+    from experiments.sweep import run_sweep, sweep_table
+    from train import train
+
     if len(configs) > 1:
-        log_line(sweep_table(configs, run_sweep(configs, resume=arguments.resume), varied))
+        log_line(sweep_table(configs, run_sweep(configs, resume=resume), varied))
         return
-    summary = train(configs[0], resume=arguments.resume)
+    summary = train(configs[0], resume=resume)
     log_line(
         f"test_acc {summary.test_accuracy:.4f}  best_val_acc {summary.best_val_accuracy:.4f} "
         f"(step {summary.best_step})  steps {summary.steps}  seconds {summary.seconds:.0f}  "
@@ -145,6 +143,8 @@ def print_training(arguments: argparse.Namespace) -> None:
 
 
 def print_evaluation(model: RMAAT) -> None:
+    from predict import evaluate_splits
+
     result = evaluate_splits(model)
     for split in ("val", "test"):
         log_line(
@@ -156,6 +156,8 @@ def print_evaluation(model: RMAAT) -> None:
 
 
 def print_predictions(model: RMAAT, source: str) -> None:
+    from predict import predict
+
     with contextlib.ExitStack() as stack:
         if source == "-":
             lines, name = sys.stdin.buffer, "standard input"
@@ -167,7 +169,7 @@ def print_predictions(model: RMAAT, source: str) -> None:
 
 if __name__ == "__main__":
     status = main()
-    if status and torch.distributed.is_initialized():
+    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Without the clean-up that waits for the other processes: torchrun ends them.
         sys.stderr.flush()
         os._exit(status)

@@ -1,4 +1,4 @@
-"""The training loop and evaluation."""
+"""Training, from the gradients of one batch to a whole run: gradients, evaluation, step, loop."""
 
 from __future__ import annotations
 
@@ -12,47 +12,40 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-from backprop import StepResult, amrb_backward, bptt_backward
+from data.packing import PackedSplit, Reader, load_splits
 from dataloader import Batch, evaluation_batches, training_batches
-from distributed import ALONE, Processes, current_processes
-from execution import (
+from lra_config import Config, ConfigError
+from lra_datasets import load_word_vectors, open_dataset
+from model import RMAAT, autocast_dtype, build_model
+from plots import plot_curves
+from run import checkpoint
+from run.files import write_json
+from run.log import RunLog
+from run.processes import ALONE, Processes, current_processes
+from run.signals import caught_signals
+from run.state import (
+    Interrupted,
+    NonFiniteError,
+    Progress,
+    Summary,
+    claim_folder,
+    finished,
+    load_state,
+)
+from run.terminal import log_line
+from training.acceleration import (
     GraphedBackward,
     compile_model,
     resolve_device,
     uses_compile,
     uses_cuda_graphs,
 )
-from internals import inspect_model
-from lra_config import Config, ConfigError
-from lra_datasets import load_word_vectors, open_dataset
-from model import RMAAT, autocast_dtype, build_model
-from optimization import build_optimizer, learning_rate_factor
-from packing import PackedSplit, Reader, load_splits
-from plots import plot_curves
-from run_log import RunLog
-from run_state import (
-    Interrupted,
-    NonFiniteError,
-    Progress,
-    Summary,
-    caught_signals,
-    claim_folder,
-    finished,
-    load_state,
-)
-from utils import (
-    hardware,
-    log_line,
-    peak_memory_mib,
-    reset_peak_memory,
-    seed_everything,
-    seed_step,
-    versions,
-    write_json,
-)
+from training.diagnostics import inspect_model
+from training.optimizer import build_optimizer, learning_rate_factor
+from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
 
 __all__ = [
     "Metrics", "StepResult", "Trainer", "amrb_backward", "bptt_backward", "evaluate", "train",
@@ -60,6 +53,95 @@ __all__ = [
 
 
 LEAST_SCALE = 1e-3  # of float16: a model that still overflows there is sick
+
+
+class StepResult(NamedTuple):
+    """What a backward pass leaves behind besides `.grad`."""
+
+    loss: Tensor  # () mean cross-entropy, in nats, detached
+    logits: Tensor  # (B, C), detached
+
+
+def bptt_backward(
+    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+) -> StepResult:
+    """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
+
+    Args:
+        batch: tokens (B, L), mask (B, L) or None, labels (B,).
+        scale: factor on the gradients, for accumulation and for float16.
+        seed: of the dropout masks; None draws one, if any is needed.
+    """
+    logits = model(batch.tokens, batch.mask, seed)
+    loss = F.cross_entropy(logits, batch.labels)
+    (scale * loss).backward()
+    return StepResult(loss.detach(), logits.detach())
+
+
+def amrb_backward(
+    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+) -> StepResult:
+    """Add the gradients of the mean loss to `.grad`, holding one segment's activations at a time.
+
+    The gradients are those of `bptt_backward`. The first pass keeps the T memories (B, M, D) that
+    enter the segments; the backward pass runs each segment again from its memory. The last
+    segment's first run is kept, so a step costs (4T - 1) / (3T) of BPTT's arithmetic.
+
+    Args:
+        batch: tokens (B, L), mask (B, L) or None, labels (B,).
+        scale: factor on the gradients, for accumulation and for float16.
+        seed: of the dropout masks; None draws one, if any is needed.
+    Source: RMAAT, astrocytic memory replay backpropagation.
+    """
+    segments, mask = model.split(batch.tokens, batch.mask)
+    last = len(segments) - 1
+    initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
+    positions = model.positions()
+    if seed is None:
+        seed = model.dropout_seed()  # one for both passes: the replay drops what the first one did
+    # All that stays over the segments is allocated before them: small tensors that stay, strewn
+    # between activations that go, would leave the heap full of holes.
+    B, M, D = initial_memory.shape
+    replay_buffer = initial_memory.new_empty(last + 1, B, M, D)
+    readouts = initial_memory.new_empty(last + 1, B, D)
+    shared = None
+    if positions is not None:
+        # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
+        shared = _leaf(positions)
+        shared.grad = torch.zeros_like(shared)
+
+    def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, segment_mask = segments[index]
+        return model.segment(tokens, memory, index, segment_mask, shared, seed)
+
+    replay_buffer[0] = initial_memory.detach()
+    with torch.no_grad():
+        for index, passed in enumerate(model.recur(segments[:last], shared, seed)):
+            replay_buffer[index + 1], readouts[index] = passed
+    memory_in = _leaf(replay_buffer[last])
+    _, readout = run(last, memory_in)
+    readouts[last] = readout.detach()
+
+    readouts = _leaf(readouts)
+    logits = model.head(model.combine(readouts.unbind(0), mask))
+    loss = F.cross_entropy(logits, batch.labels)
+    (scale * loss).backward()
+
+    torch.autograd.backward(readout, readouts.grad[last])
+    for index in reversed(range(last)):
+        memory_grad = memory_in.grad  # of mem_{t+1}, (B, M, D)
+        memory_in = _leaf(replay_buffer[index])
+        memory_out, readout = run(index, memory_in)
+        # One call for both paths: two would need the graph twice.
+        torch.autograd.backward([readout, memory_out], [readouts.grad[index], memory_grad])
+    torch.autograd.backward(initial_memory, memory_in.grad)
+    if positions is not None:
+        torch.autograd.backward(positions, shared.grad)
+    return StepResult(loss.detach(), logits.detach())
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
 
 
 class Metrics(NamedTuple):
@@ -309,7 +391,7 @@ class Trainer:
             if self.is_writer:
                 checkpoint.save(
                     self.folder / "best.pt",
-                    {**checkpoint.describe(self.model), "step": progress.step,
+                    {**self.model.state(), "step": progress.step,
                      "val_accuracy": metrics.accuracy},
                 )
         progress.seconds += self._lap()
@@ -336,7 +418,7 @@ class Trainer:
             )
         checkpoint.save(
             self.folder / "last.pt",
-            {**checkpoint.describe(self.model), "optimizer": self.optimizer.state_dict(),
+            {**self.model.state(), "optimizer": self.optimizer.state_dict(),
              "scaler": self.scaler.state_dict(), "processes": self.processes.world_size,
              "progress": dataclasses.asdict(self.progress), "running": self.running},
         )
@@ -373,7 +455,7 @@ class Trainer:
             versions=self.versions,
         )
         if self.log is not None:
-            checkpoint.export(self.model, self.folder)
+            checkpoint.export(self.model.state(), self.folder)
             plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
             # Last of all: with it the run is finished.
             write_json(self.folder / "summary.json", dataclasses.asdict(summary))

@@ -1,25 +1,19 @@
-"""Positional encodings, random states, atomic files and what a summary says of the machine."""
+"""Positional encodings, random states, peak memory and what a summary says of the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
-
-from distributed import is_first_process
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -70,55 +64,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@contextlib.contextmanager
-def named_os_errors(path: str | Path) -> Iterator[None]:
-    """Let an OSError of a write, which knows no file (a full disk), say that it was `path`."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that appears under its name whole, or not at all.
-
-    The bytes go to a sibling `<name>.part`, are flushed to the disk and renamed on success;
-    on any error the sibling is removed and what stood at `path` stays.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with (
-            named_os_errors(path),
-            open(part, mode, encoding=None if "b" in mode else "utf-8") as handle,
-        ):
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def log_line(text: str) -> None:
-    """Print a line without breaking a progress bar; of several processes the first one does."""
-    if is_first_process():
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
 def first_line(error: BaseException) -> str:
     """What an error says, without the story that follows it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON, whole or not at all."""
-    with atomic_write(path, "w") as handle:
-        handle.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.listops import generate_listops
 from dataloader import Batch
-from generate_lra import generate_listops
 from lra_config import Config, make_config
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, tiny_batch, tiny_config
 
 import benchmark
-from backprop import bptt_backward
 from model import build_model
+from train import bptt_backward
 
 KEYS = {
     "system", "seq_len", "num_segments", "batch_size", "tokens_per_second", "step_seconds",

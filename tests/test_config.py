@@ -10,8 +10,8 @@ from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
 
 from lra_config import ConfigError, dump_config, load_config, make_config
 from model import build_model
-from optimization import build_optimizer
 from train import amrb_backward
+from training.optimizer import build_optimizer
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT, tiny_config
 
 import lra_datasets
-import packing
+from data import packing
+from data.packing import DataError, load_splits
 from dataloader import collate, epoch_batches, evaluation_batches, training_batches
 from lra_config import ConfigError, ListOpsTokenizer
 from lra_datasets import open_dataset
-from packing import DataError, load_splits
 
 CPU = torch.device("cpu")
 REAL_ROW = "( ( ( ( [MED 7 ) ( ( ( [SM 3 ) 0 ) ] ) ) 9 ) ] )\t7\n"

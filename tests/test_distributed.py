@@ -16,10 +16,10 @@ import torch
 import torch.multiprocessing as mp
 from conftest import ROOT, TINY, tiny_config
 
-import checkpoint
-from distributed import joined_processes
 from lra_config import Config, ConfigError, dump_config, make_config
-from run_log import read_metrics
+from run import checkpoint
+from run.log import read_metrics
+from run.processes import joined_processes
 from train import Trainer
 
 GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dropout import derive_keys, dropout, mix
+from attention.dropout import derive_keys, dropout, mix
 
 ONES = torch.ones(400, 500)
 STANDARD_ERRORS = 5

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import generate_lra
-from generate_lra import generate_listops
+from data import listops
+from data.listops import generate_listops
 
 SPLITS = ("train", "val", "test")
 OPERATORS = {
@@ -199,13 +200,13 @@ def test_known_tree_is_written_exactly() -> None:
     assert render(tree) == source and to_tree(parse_pairs(source)) == tree
     # The same tree as columns: the root, its two arguments, the two digits below.
     levels = [
-        generate_lra.Level(np.array([0]), np.array([2]), np.array([1])),
-        generate_lra.Level(np.array([0, 0]), np.array([0, 2]), np.array([3, 3])),
-        generate_lra.Level(np.array([0, 0]), np.array([0, 0]), np.array([9, 4])),
+        listops.Level(np.array([0]), np.array([2]), np.array([1])),
+        listops.Level(np.array([0, 0]), np.array([0, 2]), np.array([3, 3])),
+        listops.Level(np.array([0, 0]), np.array([0, 0]), np.array([9, 4])),
     ]
-    values, sizes = generate_lra.evaluate_and_measure(levels)
-    codes = generate_lra.lay_out(levels, sizes)
-    assert b" ".join(generate_lra.PIECES[code] for code in codes).decode() == source
+    values, sizes = listops.evaluate_and_measure(levels)
+    codes = listops.lay_out(levels, sizes)
+    assert b" ".join(listops.PIECES[code] for code in codes).decode() == source
     assert values.tolist() == [3]
 
 
@@ -213,7 +214,7 @@ def test_known_tree_is_written_exactly() -> None:
 def test_operators_agree_with_plain_python(name: str) -> None:
     rng = random.Random(0)
     groups = [[rng.randrange(10) for _ in range(rng.randint(2, 10))] for _ in range(300)]
-    actual = generate_lra.apply_operators(
+    actual = listops.apply_operators(
         np.full(len(groups), list(OPERATORS).index(name)),
         np.array([len(group) for group in groups]),
         np.array([digit for group in groups for digit in group]),
@@ -299,7 +300,7 @@ def test_record_describes_the_files(full_length: Path) -> None:
     assert record["counts"] == {"train": 300, "val": 40, "test": 60}
     assert record["parameters"]["min_length"] == 500
     assert record["parameters"]["max_length"] == 2_000
-    assert record["format_version"] == generate_lra.FORMAT_VERSION
+    assert record["format_version"] == listops.FORMAT_VERSION
     assert record["numpy"] == np.__version__
     assert record["sha256"] == {
         f"basic_{split}.tsv": hashlib.sha256(

@@ -24,8 +24,9 @@ from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp, mannwhitneyu
 
 import generate_lra
-import pathfinder
-from generate_lra import generate_pathfinder
+from data import pathfinder_scenes as pathfinder
+from data.generation import FORMAT_VERSION
+from data.pathfinder import generate_pathfinder
 
 # Two means of one distribution differ by more than this many standard errors about once in
 # 16 000 comparisons; the seeds are fixed, so a pass stays a pass.
@@ -346,7 +347,7 @@ def test_record_describes_the_files(folder: Path) -> None:
     assert record["task"] == "pathfinder32"
     assert (record["seed"], record["split"]) == (3, "hard")
     assert record["counts"] == {"images": NUM_IMAGES, "label_0": 510, "label_1": 510}
-    assert record["format_version"] == generate_lra.FORMAT_VERSION
+    assert record["format_version"] == FORMAT_VERSION
     assert (record["numpy"], record["pillow"]) == (np.__version__, PIL.__version__)
     listing = subprocess.run(
         "find imgs metadata -type f | LC_ALL=C sort | xargs sha256sum",

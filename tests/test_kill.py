@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT, TINY, run_cli
 from test_train import assert_same_outcome
 
-import checkpoint
-from generate_lra import generate_listops
+from data.listops import generate_listops
 from lra_config import dump_config, load_config, make_config
-from run_log import read_metrics
+from run import checkpoint
+from run.log import read_metrics
 
 KILLS = 30
 SEED = 0

@@ -12,18 +12,18 @@ from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from astrocyte import retention_factors
-from astromorphic import (
-    FusedResponse,
+from attention import ATTENTION
+from attention.astromorphic import localised_basis
+from attention.baselines import landmark_runs, pseudo_inverse
+from attention.equations import (
     Terms,
     apply_position_kernel,
+    astromorphic_response,
     feature_map,
     inverse_calcium,
-    join_heads,
-    localised_basis,
-    plain_response,
-    split_heads,
 )
-from attention import ATTENTION, Attention, landmark_runs, pseudo_inverse
+from attention.fused import FusedResponse
+from attention.heads import Attention, join_heads, split_heads
 from lra_config import Config
 from model import build_model
 from utils import sinusoidal_positions
@@ -195,7 +195,7 @@ def test_attention_equals_its_dense_form_in_outputs_and_gradients(variant, padde
 
 
 def plain(qkv, num_heads, *rest):
-    return join_heads(plain_response(*split_heads(qkv, num_heads), *rest))
+    return join_heads(astromorphic_response(*split_heads(qkv, num_heads), *rest))
 
 
 @pytest.mark.parametrize("with_positions", [False, True], ids=["neuron", "neuron and astro"])

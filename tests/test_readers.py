@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_batch, tiny_config
 from PIL import Image
 
+from data.packing import DataError, load_splits
 from dataloader import collate
 from lra_config import ConfigError, WordTokenizer, make_config
 from lra_datasets import load_word_vectors, open_dataset
 from model import build_model
-from packing import DataError, load_splits
 from train import amrb_backward, bptt_backward, train
 
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_batch
 
-import published
 import reproduce
+from experiments import published
+from experiments.tables import Measured, accuracy_table, average, markdown, ratio_table
 from lra_config import load_config, read_mapping
 from model import build_model
-from tables import Measured, accuracy_table, average, markdown, ratio_table
 from train import amrb_backward, bptt_backward, train
 
 SYSTEM_FILES = sorted((ROOT / "configs/tables").glob("*.yaml"))

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_config
 
-from generate_lra import generate_review_pairs
+from data.packing import load_splits
+from data.review_pairs import cut, generate_review_pairs
 from lra_datasets import open_dataset
-from packing import load_splits
-from review_pairs import cut
 
 REVIEWS = 60  # per sentiment and part
 PARTS = {"train": "train", "eval": "train", "test": "test"}

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
+from distributed import Processes
 from safetensors.torch import load_file
 
-import checkpoint
 import train as train_module
-from distributed import Processes
 from lra_config import ConfigError, dump_config, make_config
 from model import build_model
-from optimization import build_optimizer, learning_rate_factor
-from run_log import read_metrics
+from run import checkpoint
+from run.files import atomic_write
+from run.log import read_metrics
 from train import amrb_backward, evaluate, train
-from utils import atomic_write, seed_step
+from training.optimizer import build_optimizer, learning_rate_factor
+from utils import seed_step
 
 TIMINGS = {"seconds", "tokens_per_second"}
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-from distributed import current_processes
-from lra_config import LOCAL_KEYS, Config, ConfigError, dump_config, load_config
-from utils import atomic_write, log_line
+from lra_config import Config, ConfigError, UserError, dump_config, load_config, make_config
+from run import checkpoint
+from run.files import atomic_write
+from run.processes import current_processes
+from run.terminal import log_line
 
 STATE_KEYS = {"model", "optimizer", "scaler", "processes", "progress", "running", "config"}
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved."""
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signal_number).name} at step {step}; checkpoint saved")
+        name = signal.Signals(signal_number).name
+        super().__init__(f"{name} at step {step}; checkpoint saved; go on with --resume")
         self.exit_status = 128 + signal_number
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(UserError, ArithmeticError):
     """A loss or gradient that is not finite, told in one line."""
 
 
@@ -93,7 +93,7 @@ def load_state(config: Config) -> dict[str, Any]:
         raise checkpoint.CheckpointError(
             f"{last}: not a checkpoint that this version goes on from; set another run_name"
         )
-    check_resumable(config, state["config"], last)
+    check_resumable(config, make_config(state["config"], str(last)), last)
     here = current_processes().world_size
     if state["processes"] != here:
         raise ConfigError(
@@ -125,36 +125,16 @@ def claim_folder(config: Config, *, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-# What may differ between the run that saved a checkpoint and the one that resumes it.
-RESUMABLE = (LOCAL_KEYS - {"embedding_path"}) | {
-    "run_name", "stop_after_steps", "log_interval", "eval_interval", "checkpoint_interval",
-    "compile", "cuda_graphs", "log_internals", "on_nonfinite",
-}
-
-
-def check_resumable(config: Config, saved: dict[str, Any], path: Path) -> None:
+def check_resumable(config: Config, saved: Config, path: Path) -> None:
     """Raise ConfigError where a key differs from the `saved` ones of `path` that may not."""
-    for key, value in config.model_dump().items():
-        if key not in RESUMABLE and saved.get(key) != value:
+    may_change = Config.keys("may_change")
+    for key in Config.model_fields:
+        ours, theirs = getattr(config, key), getattr(saved, key)
+        if key not in may_change and ours != theirs:
             raise ConfigError(
-                f"{key}={value!r} but {path} was saved with {key}={saved.get(key)!r}; "
+                f"{key}={ours!r} but {path} was saved with {key}={theirs!r}; "
                 "resume with the same value, or set another run_name"
             )
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
-    received: list[int] = []
-    previous: dict[int, Callable | int | None] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
-                previous[number] = signal.signal(number, lambda n, _: received.append(n))
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def finished(config: Config) -> Summary | None:
@@ -171,5 +151,5 @@ def finished(config: Config) -> Summary | None:
     if summary.steps < config.last_step:
         return None
     path = folder / "config.yaml"
-    check_resumable(config, load_config(path).model_dump(), path)
+    check_resumable(config, load_config(path), path)
     return summary

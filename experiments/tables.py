@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import published
+from experiments import published
 
 
 def difference(ours: float | None, theirs: float | None) -> float | None:

@@ -5,29 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from lra_config import LOCAL_KEYS
-from utils import atomic_write, first_line, write_json
-
-if TYPE_CHECKING:
-    from model import RMAAT
+from lra_config import Config, UserError
+from run.files import atomic_write, write_json
+from utils import first_line
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be used, told in one line."""
 
-
-def describe(model: RMAAT) -> dict[str, Any]:
-    """What a checkpoint needs to bring the model back: weights, configuration, vocabulary."""
-    return {
-        "model": model.state_dict(), "config": model.config.model_dump(),
-        "vocabulary": model.vocabulary,
-    }
+    met_by_all = False
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -61,23 +53,27 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise _unreadable(path, error) from None
 
 
-def export(model: RMAAT, folder: Path) -> None:
+def export(state: dict[str, Any], folder: Path) -> None:
     """Write `model.safetensors` and `config.json`, what `RMAAT.from_pretrained(folder)` reads.
 
     `config.json` holds the configuration, less what concerns this machine alone, and at the word
     level the vocabulary.
+
+    Args:
+        state: as `RMAAT.state` lays it out.
     """
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
     with atomic_write(folder / "model.safetensors") as handle:
         handle.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    values = model.config.model_dump(exclude=LOCAL_KEYS)
-    if model.vocabulary is not None:
-        values["vocabulary"] = model.vocabulary
+    local = Config.keys("local")
+    values = {key: value for key, value in state["config"].items() if key not in local}
+    if state["vocabulary"] is not None:
+        values["vocabulary"] = state["vocabulary"]
     write_json(folder / "config.json", values)
 
 
 def load_exported(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a `.safetensors` file and the `config.json` beside it, as `describe` lays them out.
+    """Read a `.safetensors` file and the `config.json` beside it, as `RMAAT.state` lays them out.
 
     Raises:
         CheckpointError: one of the two is missing or damaged.

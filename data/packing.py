@@ -16,16 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from lra_config import Config
-from utils import write_json
+from lra_config import Config, UserError
+from run.files import write_json
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
 CACHE_VERSION = 3  # raise it when a reader or the layout below changes
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A mistake in the data on disk, told in one line: file, row, what to do."""
+
+    met_by_all = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ part by itself nor the two lengths give the label away: what does is that the pa
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.generation import FORMAT_VERSION, check_numbers, whole_files
+
+AAN_FOLDER = Path("lra_release", "tsv_data")
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
 COLUMN_BREAKS = bytes.maketrans(b"\t\r\n", b"   ")
 MARKUP = b"<br />"  # an author who divides one part of a review so does it in the other too
@@ -83,3 +88,59 @@ def pair_rows(reviews: Sequence[Review], rng: np.random.Generator) -> Iterator[b
             rows.append(b"\t".join(columns) + b"\n")
     for i in rng.permutation(len(rows)):
         yield rows[i]
+
+
+def generate_review_pairs(
+    out: str | Path, *, seed: int, imdb: str | Path | None = None, reviews: int | None = None
+) -> Path:
+    """Write a stand-in for AAN, cut from IMDb reviews, in AAN's format, and GENERATED.json.
+
+    A tenth of IMDb's training reviews, drawn by the seed, makes the eval file.
+
+    Args:
+        out: data root; the files go to `out`/lra_release/tsv_data, where AAN's stand.
+        seed: with the reviews, it determines every byte.
+        imdb: the folder aclImdb; None takes `out`/aclImdb.
+        reviews: how many of each of IMDb's two parts to use; None takes all.
+    Returns:
+        The folder of the files.
+    Raises:
+        ValueError: an argument is out of range.
+        OSError: IMDb is missing, or a file exists already or cannot be written; nothing of this
+            call remains.
+    """
+    check_numbers(seed, **({} if reviews is None else {"reviews": reviews}))
+    imdb = Path(out, "aclImdb") if imdb is None else Path(imdb)
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for part in ("train", "test"):
+        found = read_reviews(imdb, part)
+        drawn[part] = [found[i] for i in rng.permutation(len(found))[:reviews]]
+    held_out = len(drawn["train"]) // 10
+    splits = {
+        "train": drawn["train"][held_out:], "eval": drawn["train"][:held_out],
+        "test": drawn["test"],
+    }
+
+    folder = Path(out) / AAN_FOLDER
+    names = {split: f"new_aan_pairs.{split}.tsv" for split in splits}
+    with whole_files(folder, [*names.values(), "GENERATED.json"]) as (*split_files, record_file):
+        counts, sha256 = {}, {}
+        for file, (split, chosen) in zip(split_files, splits.items(), strict=True):
+            rows = list(pair_rows(chosen, rng))
+            content = b"".join(rows)
+            file.write(content)
+            counts[split] = len(rows)
+            sha256[names[split]] = hashlib.sha256(content).hexdigest()
+        record = {
+            "task": "review_pairs",
+            "stand_in": "stand-in for AAN: parts of IMDb reviews",
+            "format_version": FORMAT_VERSION,
+            "seed": seed,
+            "counts": counts,
+            "parameters": {"cut": CUT, "reviews": reviews},
+            "numpy": np.__version__,
+            "sha256": sha256,
+        }
+        record_file.write((json.dumps(record, indent=2) + "\n").encode())
+    return folder

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lra_config import Config
-from utils import atomic_write, first_line, log_line, named_os_errors
+from run.files import atomic_write, named_os_errors
+from run.terminal import log_line
+from utils import first_line
 
 WANDB_TIMEOUT = 30.0  # seconds that the start and the end of a run wait for W&B
 

@@ -1,7 +1,6 @@
-"""Attention mechanisms: each reads like its equations.
+"""The attention mechanisms that RMAAT is compared with; each reads like its equations.
 
-Shape letters are those of `model.py`. In source lines `RMAAT` is the paper (arXiv 2601.00426), `AT`
-its predecessor (arXiv 2312.10925).
+Shape letters are those of `model.py`.
 """
 
 from __future__ import annotations
@@ -12,92 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astromorphic import (
-    Terms,
-    apply_position_kernel,
-    calcium_response,
-    feature_map,
-    join_heads,
-    localised_basis,
-    mask_rows,
-    respond,
-    split_heads,
-)
+from attention.equations import Terms, mask_rows
+from attention.fused import respond
+from attention.heads import Attention
 from lra_config import Config
-
-
-class Attention(nn.Module):
-    """What all mechanisms share: the projections, and no residual (the encoder layer owns it).
-
-    Called as `attention(x, mask, positions) -> y` with x and y (B, N, D), mask (B, N) bool (True at
-    real rows) or None, and positions (H, N, d) for the mechanisms that have position terms. Rows
-    of y at padding carry no meaning.
-    """
-
-    has_positions = False
-    memory_std = 0.02  # of the first memory's initial values
-    num_unfed_rows = 0  # leading rows that the layer's feed-forward block leaves as they are
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.head_dim = config.dim // config.num_heads
-        self.to_qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.to_out = nn.Linear(config.dim, config.dim)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, N, d)."""
-        return split_heads(self.to_qkv(x), self.num_heads).unbind(0)
-
-    def merge(self, heads: Tensor) -> Tensor:
-        """Concatenate the heads' outputs (B, H, N, d) and project them to (B, N, D)."""
-        return self.to_out(join_heads(heads))
-
-
-class AstromorphicAttention(Attention):
-    """Attention of a tripartite synapse: Hebbian weights written once, read by every query.
-
-    Each of its terms has a switch: `hebbian_astro`, `hebbian_sigmoid`, `hebbian_scale`,
-    `presynaptic_alpha` and `presynaptic_normalize`. Linear in N.
-
-    Source: RMAAT, astromorphic attention (short-term plasticity); AT, Eqs. 11-17.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.has_positions = config.hebbian_astro
-        self.decay_scale = config.decay_scale
-        self.terms = Terms(
-            alpha=config.presynaptic_alpha,
-            scale=config.hebbian_scale or self.head_dim,
-            sigmoid=config.hebbian_sigmoid,
-            normalize=config.presynaptic_normalize,
-        )
-        if self.has_positions:
-            M, S = config.num_memory_tokens, config.segment_len
-            if config.position_basis == "localised":
-                basis = localised_basis(self.num_heads, self.head_dim, M, S)
-            else:
-                basis = torch.randn(self.num_heads, self.head_dim, M + S) / math.sqrt(M + S)
-            self.position_basis = nn.Parameter(basis)  # B, (H, d, N)
-
-    def positions(self) -> Tensor:
-        """phi(R) of the relative positions, (H, N, d); linear in N, without the batch.
-
-        D = B P B^T (d x d), R = B^T D: one learned B is both basis change and edge weight.
-        """
-        basis = self.position_basis  # (H, d, N)
-        distances = basis @ apply_position_kernel(basis.mT, self.decay_scale)  # (H, d, d)
-        return feature_map(basis.mT @ distances)  # (H, N, d)
-
-    def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
-        qkv = self.to_qkv(x)
-        return self.to_out(respond(qkv, self.num_heads, mask, positions, self.terms))
-
-    def calcium(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """C of the rows x (B, N, D), (B, H, N, 1); `forward` needs its inverse alone."""
-        q, k, _ = self.project(x)
-        return calcium_response(feature_map(q), mask_rows(feature_map(k), mask), self.terms.alpha)
 
 
 class LinearAttention(Attention):
@@ -254,11 +171,11 @@ class LunaAttention(Attention):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.num_unfed_rows = config.num_memory_tokens
+        self.num_pass_through_rows = config.num_memory_tokens
         self.to_packed_kv = nn.Linear(config.dim, 2 * config.dim, bias=False)  # W'_K, W'_V
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: None = None) -> Tensor:
-        M = self.num_unfed_rows
+        M = self.num_pass_through_rows
         visible = visible_keys(None if mask is None else mask[:, M:])
         (packed_q, q), (_, k), (_, v) = (
             rows.tensor_split([M], dim=2) for rows in self.project(x)
@@ -267,12 +184,3 @@ class LunaAttention(Attention):
         packed_kv = self.to_packed_kv(packed).unflatten(-1, (2, self.num_heads, self.head_dim))
         unpacked = softmax_attention(q, *packed_kv.permute(2, 0, 3, 1, 4), None)  # (B, H, N - M, d)
         return torch.cat([packed, self.merge(unpacked)], dim=1)
-
-
-ATTENTION = {
-    "astro": AstromorphicAttention,
-    "softmax": SoftmaxAttention,
-    "linear": LinearAttention,
-    "nystrom": NystromAttention,
-    "luna": LunaAttention,
-}

@@ -20,15 +20,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_cli, tiny_config
 
-import checkpoint
 import predict
 import run_train
-from generate_lra import generate_listops
+from data.listops import generate_listops
+from data.packing import load_splits
+from experiments.grid import load_runs
 from lra_config import ConfigError, dump_config, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
-from packing import load_splits
-from sweep import load_runs
+from run import checkpoint
 
 CHANCE = 0.17  # the share of ListOps' most frequent answer
 
@@ -478,13 +478,13 @@ def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
 
 
 def test_a_gpu_without_memory_left_ends_the_run_with_one_line(monkeypatch, capsys):
-    def exhaust(_):
+    def exhaust():
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
         )
 
-    monkeypatch.setattr(run_train, "run", exhaust)
-    monkeypatch.setattr(run_train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run_train, "checked_command", lambda _: exhaust)
+    monkeypatch.setattr(run_train, "exit_on_sigterm", lambda: None)
     monkeypatch.setattr(sys, "argv", ["run_train.py"])
     assert run_train.main() == 2
     (line,) = capsys.readouterr().err.splitlines()

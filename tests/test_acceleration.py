@@ -8,16 +8,15 @@ import pytest
 import torch
 from conftest import run_cli, tiny_batch, tiny_config
 
-import checkpoint
-import execution
-from backprop import amrb_backward, bptt_backward
-from execution import GraphedBackward, compile_model, uses_compile, uses_cuda_graphs
-from internals import inspect_model
 from lra_config import dump_config
 from model import build_model
-from run_log import read_metrics
-from run_state import NonFiniteError
-from train import Trainer, train
+from run import checkpoint
+from run.log import read_metrics
+from run.state import NonFiniteError
+from train import Trainer, amrb_backward, bptt_backward, train
+from training import acceleration
+from training.acceleration import GraphedBackward, compile_model, uses_compile, uses_cuda_graphs
+from training.diagnostics import inspect_model
 
 CPU = torch.device("cpu")
 COMPILED_TOLERANCE = 1e-4
@@ -65,7 +64,7 @@ def test_a_compiler_that_fails_leaves_the_run_eager(listops_dir, tmp_path, monke
             raise RuntimeError("no working C++ compiler\nand a long story")
         return call
 
-    monkeypatch.setattr(execution.torch, "compile", broken)
+    monkeypatch.setattr(acceleration.torch, "compile", broken)
     train(run_config(tmp_path, listops_dir, compile=True, max_steps=3))
     assert "compile is off: no working C++ compiler\n" in capsys.readouterr().out
 
@@ -79,7 +78,7 @@ def test_one_compiled_form_serves_all_segments(monkeypatch):
 
     compile_ = torch.compile
     monkeypatch.setattr(
-        execution.torch, "compile", lambda f, **options: compile_(f, backend=count, **options)
+        acceleration.torch, "compile", lambda f, **options: compile_(f, backend=count, **options)
     )
     config = tiny_config(dropout=0.1)
     torch.manual_seed(0)

@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
+from lra_config import UserError
+
+Result = TypeVar("Result")
 
 # The others wait while the first process generates or packs the data.
 TIMEOUT = timedelta(hours=3)
 
 
-class FirstProcessFailed(RuntimeError):
+class FirstProcessFailed(UserError):
     """The first process met an error and says which; the others only end."""
 
 
@@ -65,7 +67,7 @@ class Processes:
             part.copy_(mean.view_as(part))
         return parts[-1]
 
-    def first_alone(self, work: Callable[[], T]) -> T:
+    def first_alone(self, work: Callable[[], Result]) -> Result:
         """Call `work` in the first process, then in the others, which find what it left.
 
         Raises:
@@ -109,8 +111,3 @@ def joined_processes() -> Iterator[None]:
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the others
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for all of them, before they have joined too."""
-    return int(os.environ.get("RANK", 0)) == 0

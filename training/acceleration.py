@@ -5,20 +5,21 @@ Every `auto` of the configuration is resolved here; what cannot work falls back 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backprop import StepResult
 from dataloader import Batch
-from lra_config import Config, ConfigError
+from lra_config import Config, ConfigError, UserError
 from model import RMAAT, autocast_dtype
-from utils import first_line, log_line
+from run.terminal import log_line
+from utils import first_line
 
-Backward = Callable[..., StepResult]  # (model, batch, scale, seed)
+Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepResult`
 
 WARMUP_RUNS = 2
 # Of the gradient's norm: rounding (atomic sums in bfloat16) stays below, a wrong graph does not.
@@ -48,6 +49,27 @@ def resolve_device(config: Config) -> torch.device:
             "devices, or set device=cpu"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+class OutOfMemory(UserError):
+    """The device has no memory left for the run."""
+
+    met_by_all = False
+
+
+@contextlib.contextmanager
+def told_out_of_memory() -> Iterator[None]:
+    """Say in one line that the device's memory did not suffice.
+
+    Raises:
+        OutOfMemory: in the place of torch's OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what, _, _ = str(error).partition(" GPU ")  # how the allocator's memory is laid out
+        advice = "lower batch_size, for which accumulate makes up, or raise num_segments"
+        raise OutOfMemory(f"{what} {advice}") from error
 
 
 def uses_compile(config: Config, device: torch.device) -> bool:
@@ -108,7 +130,7 @@ class Capture(NamedTuple):
     graph: torch.cuda.CUDAGraph
     batch: Batch
     seed: Tensor | None
-    result: StepResult
+    result: Any  # `train.StepResult`
 
 
 class GraphedBackward:
@@ -125,7 +147,7 @@ class GraphedBackward:
         self.captures: dict[tuple, Capture] = {}
         self.enabled = True
 
-    def __call__(self, model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
+    def __call__(self, model: RMAAT, batch: Batch, scale: float = 1.0) -> Any:
         """Add the gradients of `scale` times the mean loss to `.grad`."""
         # Drawn outside of the graph, which would repeat its own draw.
         seed = model.dropout_seed()
@@ -139,7 +161,7 @@ class GraphedBackward:
             if static is not None:
                 static.copy_(value)
         capture.graph.replay()
-        return StepResult(*(x.clone() for x in capture.result))
+        return type(capture.result)._make(x.clone() for x in capture.result)
 
     def _try_capture(
         self, key: tuple, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None

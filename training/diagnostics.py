@@ -10,8 +10,6 @@ from dataloader import Batch
 from model import RMAAT
 
 
-# Compiled forms would leave the hooks out.
-@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
     """Run one batch without dropout and look inside.
@@ -38,18 +36,17 @@ def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
     training = model.training
     model.eval()
     try:
-        positions = model.positions()
         segments, _ = model.split(batch.tokens, batch.mask)
-        memory = model.initial_memory(len(segments[0].tokens))
-        norms = []
-        for index, segment in enumerate(segments):
-            memory, _ = model.segment(segment.tokens, memory, index, segment.mask, positions)
-            norms.append(memory.norm(dim=-1).mean())
+        with torch.compiler.set_stance("force_eager"):  # compiled forms would leave the hooks out
+            memories = [memory for memory, _ in model.recur(segments)]
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
     found = {"calcium_min": float(torch.stack(least).min())} if least else {}
-    if memory.shape[1]:
-        found |= {f"memory_norm/{t}": float(norm) for t, norm in enumerate(norms, start=1)}
+    if model.config.num_memory_tokens:
+        found |= {
+            f"memory_norm/{t}": float(memory.norm(dim=-1).mean())
+            for t, memory in enumerate(memories, start=1)
+        }
     return found

@@ -1,0 +1,153 @@
+"""Astromorphic attention as equations: pure functions, without weights.
+
+One head, one segment of n = M + S rows X (memory tokens, then tokens). In the equations a letter is
+the paper's symbol; in shapes, as (B, H, N, d), it is one of `model.py`.
+
+    phi(x)   = elu(x) + 1                                     feature_map
+    Q, K, V  = X W_Q, X W_K, X W_V      (n x m, m, d_v)       Attention.to_qkv; m = d_v = d
+    P_pos,ij = exp(-|i - j| decay_scale)     (n x n)          apply_position_kernel
+    D        = B P_pos B^T              (m x m)               AstromorphicAttention.positions
+    R        = B^T D                    (n x m)               its result is phi(R)
+
+    Write, once per segment; nothing that stays depends on n:
+    H_neuron = phi(K)^T V / m           (m x d_v)             keys.mT @ v / terms.scale, together:
+    H_astro  = phi(R)^T V / m           (m x d_v)             keys = phi(K) + phi(R)
+    H        = H_neuron + H_astro                             hebbian; AT takes its sigmoid
+    g        = (sum_t phi(k_t))^alpha   (1 x m)               presynaptic_plasticity
+
+    Read, row by row:
+    C        = phi(Q) g^T               (n x 1)               calcium_response
+    P        = 1 / C, 0 where C is 0    (n x 1)               inverse_calcium
+    L        = (phi(Q) H) * P + X       (n x d_v)             astromorphic_response + the residual
+
+B (`position_basis`) is learned, alpha is `presynaptic_alpha`, the divisor m is `hebbian_scale`. The
+residual "+ X" is the encoder layer's, which adds it once. Padded rows are no keys: they are left
+out of H_neuron, H_astro and g (`mask_rows`), and what the rows themselves read carries no meaning.
+The paper writes P for the position kernel too; here that one is P_pos.
+
+`astromorphic_response` is the reference; `fused.py` holds the same function with its gradient
+written out. `astromorphic.py` puts the weights around them.
+
+Source: RMAAT (arXiv 2601.00426), astromorphic attention; AT (arXiv 2312.10925), Eqs. 11-17.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNEL_CHUNK = 128  # rows that the position kernel mixes densely at a time
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """phi(x) = elu(x) + 1: exp(x) below 0, where the sum would cancel, and x + 1 above."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def apply_position_kernel(x: Tensor, decay_scale: float) -> Tensor:
+    """Multiply by the kernel P_pos,ij = exp(-|i - j| * decay_scale) in time linear in N.
+
+    Inside a chunk of rows the product is dense. What lies left of a chunk reaches its row i as
+    exp(-decay_scale * (i - start)) times one carried state, and likewise from the right, because
+    the kernel is a first-order recurrence in both directions; every exponent is at most 0.
+
+    Args:
+        x: (..., N, d).
+        decay_scale: per token, at least 0.
+    Returns:
+        P_pos x, (..., N, d).
+    """
+    N = x.shape[-2]
+    size = min(KERNEL_CHUNK, N)
+    chunks = F.pad(x, (0, 0, 0, -N % size)).unflatten(-2, (-1, size))  # (..., chunks, size, d)
+    offset = torch.arange(size, device=x.device, dtype=x.dtype)
+    from_left = torch.exp(-decay_scale * (offset + 1))[:, None]  # (size, 1)
+    from_right = from_left.flip(0)
+    inside = torch.exp(-decay_scale * (offset[:, None] - offset).abs())  # (size, size)
+
+    mixed = inside @ chunks
+    # The sums that leave a chunk over its last row to the right and over its first to the left.
+    leaving_right = mixed[..., -1, :].unbind(-2)
+    leaving_left = mixed[..., 0, :].unbind(-2)
+    decay = math.exp(-decay_scale * size)
+    left, right = [torch.zeros_like(leaving_right[0])], [torch.zeros_like(leaving_left[0])]
+    for k in range(len(leaving_right) - 1):
+        left.append(leaving_right[k] + decay * left[-1])
+        right.append(leaving_left[-1 - k] + decay * right[-1])
+    left, right = torch.stack(left, -2), torch.stack(right[::-1], -2)  # (..., chunks, d)
+    mixed = mixed + from_left * left[..., None, :] + from_right * right[..., None, :]
+    return mixed.flatten(-3, -2)[..., :N, :]
+
+
+def mask_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero the padded rows of x (B, H, N, d)."""
+    return x if mask is None else x * mask[:, None, :, None]
+
+
+class Terms(NamedTuple):
+    """What switches the terms of the attention. The defaults are linear attention."""
+
+    alpha: float = 1.0  # exponent of the presynaptic calcium
+    scale: float = 1.0  # divisor of H
+    sigmoid: bool = False  # H through a sigmoid
+    normalize: bool = True  # P
+
+
+def astromorphic_response(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None, terms: Terms
+) -> Tensor:
+    """Write the Hebbian weights of a segment and read them with every query. Linear in N.
+
+    Args:
+        q, k, v: (B, H, N, d).
+        mask: (B, N) bool, True at real rows; None if nothing is padded.
+        positions: phi(R), (H, N, d), which adds H_astro to H; None leaves it out.
+    Returns:
+        The heads' responses (phi(Q) H) * P, (B, H, N, d).
+    """
+    q, k = feature_map(q), mask_rows(feature_map(k), mask)
+    v = mask_rows(v, mask)
+
+    # Write: sums over N, so that no N x N product is formed. H_neuron and H_astro share V.
+    keys = k if positions is None else k + positions
+    hebbian = keys.mT @ v / terms.scale  # H, (B, H, d, d)
+    if terms.sigmoid:
+        hebbian = hebbian.sigmoid()
+
+    # Read
+    response = q @ hebbian  # (B, H, N, d)
+    if terms.normalize:
+        response = response * inverse_calcium(q, k, terms.alpha).to(response.dtype)
+    return response
+
+
+def presynaptic_plasticity(total: Tensor, alpha: float) -> Tensor:
+    """total^alpha, and 0 with a zero gradient where `total` is 0; g from the sums of phi(k)."""
+    # Both sides of a `where` are differentiated: replace the 0 before its power is taken.
+    positive = total > 0
+    return torch.where(positive, total, 1).pow(alpha) * positive
+
+
+def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
+    """C = phi(Q) g^T with g = (sum_t phi(k_t))^alpha.
+
+    Args:
+        q, k: phi(Q) and phi(K), (B, H, N, d); k is zero at padding.
+    Returns:
+        (B, H, N, 1), at least float32.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        total = k.sum(dim=2, dtype=dtype)  # (B, H, d)
+        return q.to(dtype) @ presynaptic_plasticity(total, alpha)[..., None]
+
+
+def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
+    """P = 1 / C of `calcium_response`, 0 where C is 0, with zero gradient."""
+    calcium = calcium_response(q, k, alpha)
+    nonzero = calcium != 0
+    return torch.where(nonzero, calcium, 1).reciprocal() * nonzero

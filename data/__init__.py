@@ -1,0 +1,1 @@
+"""Data sets as packed integers, and the generators of those that can be generated."""

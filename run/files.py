@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def named_os_errors(path: str | Path) -> Iterator[None]:
+    """Let an OSError of a write, which knows no file (a full disk), say that it was `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that appears under its name whole, or not at all.
+
+    The bytes go to a sibling `<name>.part`, are flushed to the disk and renamed on success;
+    on any error the sibling is removed and what stood at `path` stays.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with (
+            named_os_errors(path),
+            open(part, mode, encoding=None if "b" in mode else "utf-8") as handle,
+        ):
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    with atomic_write(path, "w") as handle:
+        handle.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
