@@ -96,7 +96,7 @@ def test_one_compiled_form_serves_all_segments(monkeypatch):
 def test_the_trial_step_of_compilation_leaves_the_running_statistics(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(
-        execution.torch, "compile", lambda f, **options: compile_(f, backend="eager", **options)
+        acceleration.torch, "compile", lambda f, **options: compile_(f, backend="eager", **options)
     )
     config = tiny_config(readout_norm="batch")
     model = build_model(config)
