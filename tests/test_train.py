@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
-from distributed import Processes
 from safetensors.torch import load_file
 
 import train as train_module
@@ -23,6 +22,7 @@ from model import build_model
 from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
+from run.processes import Processes
 from train import amrb_backward, evaluate, train
 from training.optimizer import build_optimizer, learning_rate_factor
 from utils import seed_step
