@@ -163,6 +163,13 @@ def test_factors_are_positive_sum_to_one_fall_with_t_and_with_T(T):
     assert (longer[:T] < factors).all()
 
 
+def test_later_cycles_follow_the_decay_of_the_slow_process():
+    """Simulating three cycles and continuing gives what simulating twelve gives."""
+    constants = replace(DEFAULT, gamma_long=0.7, tau_p_long=50.0)
+    few, many = (replace(constants, num_cycles=cycles) for cycles in (3, 12))
+    close(retention_factors(12, few), retention_factors(12, many), 1e-6)
+
+
 @pytest.mark.parametrize("T", [1_000, 4_460, 20_000])
 def test_where_saturation_underflows_factors_stay_finite_and_never_rise(T):
     factors = retention_factors(T)

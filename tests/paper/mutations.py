@@ -1,0 +1,149 @@
+"""Make one-line changes to the mathematics and see that a test of this folder notices each.
+
+    python tests/paper/mutations.py                   # all changes of mutation_list.py
+    python tests/paper/mutations.py --only NAME ...   # these
+    python tests/paper/mutations.py --jobs 2          # so many at a time
+    python tests/paper/mutations.py --check           # only that each old text occurs once
+
+Every change is made in a copy of the tree of its own, and `pytest tests/paper -x` runs there, the
+test file that should notice it first. Exit status 0: every change was noticed; 1: some survived, or
+broke the program where it should have changed its result; 2: the list or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from mutation_list import MUTATIONS, Mutation
+
+ROOT = Path(__file__).parents[2]
+TESTS = Path("tests", "paper")
+TIMEOUT = 900  # seconds: a change that makes a loop endless is noticed as well
+NOTICED, SURVIVED = 1, 0  # exit statuses of pytest: a test failed, none did
+
+
+class Outcome(NamedTuple):
+    status: int  # of pytest
+    seconds: float
+    first: str  # what failed first, or the last line of the output
+
+
+def find_mistakes(mutations: Sequence[Mutation]) -> list[str]:
+    """What is wrong with the list, one line each: old text absent or ambiguous, names twice."""
+    mistakes = []
+    names = [mutation.name for mutation in mutations]
+    mistakes += [f"{name}: two mutations have this name" for name in sorted(set(names))
+                 if names.count(name) > 1]
+    for mutation in mutations:
+        path = ROOT / mutation.file
+        count = path.read_text(encoding="utf-8").count(mutation.old) if path.exists() else 0
+        if count != 1:
+            mistakes.append(
+                f"{mutation.name}: its old text occurs {count} times in {mutation.file}, not once; "
+                "bring mutation_list.py up to date"
+            )
+        if mutation.old == mutation.new:
+            mistakes.append(f"{mutation.name}: changes nothing")
+        if not (ROOT / TESTS / mutation.test).exists():
+            mistakes.append(f"{mutation.name}: {TESTS / mutation.test} does not exist")
+    return mistakes
+
+
+def copy_tree(target: Path) -> None:
+    """What the tests of the paper need: modules, packages, configurations and themselves."""
+    for path in ROOT.iterdir():
+        if path.is_dir():
+            if path.name == "configs" or (path / "__init__.py").exists():
+                shutil.copytree(
+                    path, target / path.name, ignore=shutil.ignore_patterns("__pycache__")
+                )
+        elif path.suffix in (".py", ".toml"):
+            shutil.copy(path, target)
+    shutil.copytree(
+        ROOT / TESTS, target / TESTS, ignore=shutil.ignore_patterns("__pycache__")
+    )
+
+
+def run_tests(mutation: Mutation | None) -> Outcome:
+    """Run the tests in a copy that `mutation` was made to; None leaves it as it is."""
+    start = time.monotonic()
+    order = [str(TESTS)] if mutation is None else [str(TESTS / mutation.test), str(TESTS)]
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        copy_tree(Path(folder))
+        if mutation is not None:
+            path = Path(folder, mutation.file)
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        try:
+            process = subprocess.run(
+                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *order],
+                cwd=folder, capture_output=True, text=True, timeout=TIMEOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(NOTICED, TIMEOUT, "no end")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/paper/(\S+)", process.stdout, re.MULTILINE)
+    lines = (process.stdout + process.stderr).strip().splitlines() or ["no output"]
+    return Outcome(
+        process.returncode, time.monotonic() - start, failed[1] if failed else lines[-1]
+    )
+
+
+def report(mutation: Mutation, outcome: Outcome) -> str:
+    """One line, and a second one for what must be looked into."""
+    verdict = {NOTICED: "noticed", SURVIVED: "SURVIVED"}.get(outcome.status, "BROKEN")
+    line = f"{verdict:9}{outcome.seconds:5.1f} s  {mutation.name}: "
+    if verdict == "noticed":
+        return line + outcome.first.partition("[")[0]
+    return (
+        f"{line}{mutation.breaks}; {outcome.first}\n"
+        f"    {mutation.file}: {mutation.old!r} -> {mutation.new!r}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations")
+    parser.add_argument("--jobs", type=int, default=1, help="copies tested at a time")
+    parser.add_argument("--check", action="store_true", help="only check the list")
+    options = parser.parse_args(arguments)
+
+    mistakes = find_mistakes(MUTATIONS)
+    unknown = set(options.only or ()) - {mutation.name for mutation in MUTATIONS}
+    mistakes += [f"{name}: no mutation has this name" for name in sorted(unknown)]
+    if mistakes:
+        print("\n".join(mistakes), file=sys.stderr)
+        return 2
+    if options.check:
+        print(f"{len(MUTATIONS)} mutations, each old text occurs once")
+        return 0
+
+    chosen = [m for m in MUTATIONS if options.only is None or m.name in options.only]
+    start = time.monotonic()
+    unchanged = run_tests(None)
+    if unchanged.status != SURVIVED:
+        print(f"the tests fail without a mutation: {unchanged.first}", file=sys.stderr)
+        return 2
+    unnoticed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutation, outcome in zip(chosen, pool.map(run_tests, chosen), strict=True):
+            print(report(mutation, outcome), flush=True)
+            unnoticed += outcome.status != NOTICED
+    minutes = (time.monotonic() - start) / 60
+    print(f"{len(chosen)} mutations, {unnoticed} survivors, {minutes:.1f} minutes")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
