@@ -78,7 +78,9 @@ def copy_tree(target: Path) -> None:
 def run_tests(mutation: Mutation | None) -> Outcome:
     """Run the tests in a copy that `mutation` was made to; None leaves it as it is."""
     start = time.monotonic()
-    order = [str(TESTS)] if mutation is None else [str(TESTS / mutation.test), str(TESTS)]
+    files = [path.name for path in sorted((ROOT / TESTS).glob("test_*.py"))]
+    if mutation is not None:
+        files.sort(key=lambda name: name != mutation.test)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy_tree(Path(folder))
         if mutation is not None:
@@ -87,7 +89,8 @@ def run_tests(mutation: Mutation | None) -> Outcome:
             path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
         try:
             process = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *order],
+                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                 *(str(TESTS / name) for name in files)],
                 cwd=folder, capture_output=True, text=True, timeout=TIMEOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
             )

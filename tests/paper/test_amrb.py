@@ -38,7 +38,8 @@ def gradients(config, backward, masks=True, seed=1, **arguments) -> dict[str, to
 @pytest.mark.parametrize("variant", [
     {}, {"pooling": "last"}, {"pooling": "memory"}, {"num_segments": 1},
     {"num_segments": 6, "num_memory_tokens": 1}, {"attention_type": "softmax"},
-    {"attention_type": "linear"}, {"attention_type": "nystrom"}, {"attention_type": "luna", "pooling": "memory"},
+    {"attention_type": "linear"}, {"attention_type": "nystrom"},
+    {"attention_type": "luna", "pooling": "memory"},
     {"dataset": "aan", "document_pair": "separate", "num_segments": 6},
 ], ids=str)
 def test_both_gradients_are_that_of_the_mean_loss_of_the_loops(variant):

@@ -15,6 +15,7 @@ from cases import close, reference_logits, small_batch, small_config, small_mode
 
 import train
 from dataloader import Batch
+from experiments import published
 from generate_lra import generate_listops
 from lra_config import load_config, make_config
 from model import build_model
@@ -106,15 +107,30 @@ def test_the_main_configurations_are_those_of_the_paper(path):
         assert config.num_segments == 16
 
 
-def test_a_configuration_that_says_nothing_else_is_rmaat():
-    for dataset in ("listops", "imdb_lra", "aan", "cifar10", "pathfinder32", "imdb", "imdb_long"):
-        config = make_config({"dataset": dataset})
-        assert config.attention_type == "astro" and config.astro_mem
-        assert config.memory_replay_backprop and config.num_memory_tokens == 1
-        assert config.hebbian_astro and config.hebbian_scale is None
-        assert not config.hebbian_sigmoid and config.presynaptic_normalize
-        assert config.presynaptic_alpha == 0.25
-    assert config.max_seq_len == 6 * 256 and config.segment_len == 256  # imdb_long
+@pytest.mark.parametrize(("dataset", "tokens", "segments", "classes"), [
+    ("listops", 2048, 8, 10), ("imdb_lra", 4096, 8, 2), ("aan", 8192, 16, 2),
+    ("cifar10", 1024, 4, 10), ("pathfinder32", 1024, 4, 2), ("imdb", 512, 2, 2),
+    ("imdb_long", 6 * 256, 6, 2),
+])
+def test_a_data_set_alone_is_rmaat_at_the_length_of_its_task(dataset, tokens, segments, classes):
+    config = make_config({"dataset": dataset})
+    assert (config.max_seq_len, config.num_segments) == (tokens, segments)
+    assert config.task.num_classes == classes
+    assert config.attention_type == "astro" and config.astro_mem
+    assert config.memory_replay_backprop and config.num_memory_tokens == 1
+    assert config.hebbian_astro and config.hebbian_scale is None
+    assert not config.hebbian_sigmoid and config.presynaptic_normalize
+    assert config.presynaptic_alpha == 0.25
+
+
+@pytest.mark.parametrize(("system", "average"), [
+    ("transformer", 54.4), ("nystromformer", 59.0), ("luna", 61.3), ("rlt", 58.3), ("rmt", 63.6),
+    ("rmaat", 68.0),
+])
+def test_published_accuracies_have_the_published_averages(system, average):
+    accuracies = published.ACCURACY[system]
+    assert set(accuracies) == set(TASKS)
+    assert round(sum(accuracies.values()) / len(TASKS), 1) == average
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

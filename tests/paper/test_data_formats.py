@@ -13,11 +13,11 @@ import torch
 from cases import small_config
 from PIL import Image
 
+from data.packing import load_splits
 from dataloader import collate
 from generate_lra import generate_listops, generate_pathfinder
 from lra_config import TASKS, make_config
 from lra_datasets import open_dataset
-from packing import load_splits
 
 CPU = torch.device("cpu")
 
