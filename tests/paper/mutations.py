@@ -5,18 +5,20 @@
     python tests/paper/mutations.py --jobs 2          # so many at a time
     python tests/paper/mutations.py --check           # only that each old text occurs once
 
-Every change is made in a copy of the tree of its own, and `pytest tests/paper -x` runs there, the
-test file that should notice it first. Exit status 0: every change was noticed; 1: some survived, or
-broke the program where it should have changed its result; 2: the list or the command is wrong.
+Every change is made in a copy of the tree of its own, and `pytest -x` runs there: the file of tests
+that should notice it, then, if it does not, all others. Exit status 0: every change was noticed; 1:
+some survived, or broke the program where it should have changed its result; 2: the list or the
+command is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +33,10 @@ ROOT = Path(__file__).parents[2]
 TESTS = Path("tests", "paper")
 TIMEOUT = 900  # seconds: a change that makes a loop endless is noticed as well
 NOTICED, SURVIVED = 1, 0  # exit statuses of pytest: a test failed, none did
+
+# Every copy is tested by a fresh process that has the libraries loaded, and nothing of the project.
+PROCESSES = multiprocessing.get_context("forkserver")
+LIBRARIES = ["pytest", "torch", "scipy.integrate", "pydantic", "huggingface_hub", "PIL.Image"]
 
 
 class Outcome(NamedTuple):
@@ -75,32 +81,48 @@ def copy_tree(target: Path) -> None:
     )
 
 
+def run_pytest(folder: str, files: Sequence[str]) -> None:
+    """In a process of its own: test the copy in `folder` and exit with the status of pytest."""
+    import pytest
+
+    os.chdir(folder)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [entry for entry in sys.path if Path(entry) != ROOT / TESTS]
+    with (
+        open("output", "w", encoding="utf-8") as output,
+        contextlib.redirect_stdout(output), contextlib.redirect_stderr(output),
+    ):
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])
+    sys.exit(int(status))
+
+
 def run_tests(mutation: Mutation | None) -> Outcome:
     """Run the tests in a copy that `mutation` was made to; None leaves it as it is."""
     start = time.monotonic()
-    files = [path.name for path in sorted((ROOT / TESTS).glob("test_*.py"))]
+    stages = [sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_*.py"))]
     if mutation is not None:
-        files.sort(key=lambda name: name != mutation.test)
+        first = str(TESTS / mutation.test)
+        stages = [[first], [file for file in stages[0] if file != first]]
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy_tree(Path(folder))
         if mutation is not None:
             path = Path(folder, mutation.file)
             text = path.read_text(encoding="utf-8")
             path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        try:
-            process = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                 *(str(TESTS / name) for name in files)],
-                cwd=folder, capture_output=True, text=True, timeout=TIMEOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-            )
-        except subprocess.TimeoutExpired:
-            return Outcome(NOTICED, TIMEOUT, "no end")
-    failed = re.search(r"^(?:FAILED|ERROR) tests/paper/(\S+)", process.stdout, re.MULTILINE)
-    lines = (process.stdout + process.stderr).strip().splitlines() or ["no output"]
-    return Outcome(
-        process.returncode, time.monotonic() - start, failed[1] if failed else lines[-1]
-    )
+        for files in stages:
+            process = PROCESSES.Process(target=run_pytest, args=(folder, files))
+            process.start()
+            process.join(TIMEOUT)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                return Outcome(NOTICED, time.monotonic() - start, "no end")
+            if process.exitcode != SURVIVED:
+                break
+        output = Path(folder, "output").read_text(encoding="utf-8", errors="replace")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/paper/(\S+)", output, re.MULTILINE)
+    last = (output.strip() or "no output").splitlines()[-1]
+    return Outcome(process.exitcode, time.monotonic() - start, failed[1] if failed else last)
 
 
 def report(mutation: Mutation, outcome: Outcome) -> str:
@@ -134,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen = [m for m in MUTATIONS if options.only is None or m.name in options.only]
     start = time.monotonic()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    PROCESSES.set_forkserver_preload(LIBRARIES)
     unchanged = run_tests(None)
     if unchanged.status != SURVIVED:
         print(f"the tests fail without a mutation: {unchanged.first}", file=sys.stderr)
