@@ -201,18 +201,22 @@ class Config(BaseModel):
     readout_norm: Model[Literal["none", "batch"]] = "none"  # of the head's input; unpublished
     # Start of the tokens' vectors, unpublished; ordinal: like vectors for like grey levels
     token_embedding: Literal["random", "ordinal"] = "random"
-    position_embedding: Model[Literal["learned", "sinusoidal", "none"]] = "learned"
+    # periodic: waves counted inside the segment, in features that the tokens start without
+    position_embedding: Model[Literal["learned", "sinusoidal", "periodic", "none"]] = "learned"
     # Start of the learned positions, unpublished: this times the sinusoids; null: small noise
     position_scale: Positive | None = None
 
     # Terms of the astromorphic attention
+    num_hidden: Model[Size | None] = None  # m of a head [paper: free]; null: the head's width
     hebbian_astro: Model[bool] = True  # H_astro, the relative positions (paper)
     hebbian_sigmoid: Model[bool] = False  # sigmoid around H: AT has it, RMAAT has not (paper)
     hebbian_scale: Model[Positive | None] = None  # divisor of H; null: m (paper)
     presynaptic_alpha: Model[Positive] = 0.25  # paper; AT's tested range is 0.15-0.4
     presynaptic_normalize: Model[bool] = True  # P = 1 / C (paper); false: P = 1
     decay_scale: Model[NonNegative] = 1.0  # of the position kernel, per token; unpublished
-    position_basis: Literal["localised", "random"] = "localised"  # start of B; unpublished
+    # Start of B, unpublished; local: a token per neuron, and W_Q so that rows read neighbours
+    position_basis: Literal["localised", "random", "local"] = "localised"
+    local_lags: list[int] = [-1, 1]  # of the neighbours, in tokens; the heads take them in turn
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
 
     # attention_type: nystrom
@@ -308,6 +312,18 @@ class Config(BaseModel):
             raise ValueError(
                 f"dim={self.dim} is odd; position_embedding=sinusoidal needs an even dim"
             )
+        if self.position_embedding == "periodic" and (self.dim < 4 or self.segment_len < 2):
+            raise ValueError(
+                f"position_embedding=periodic needs dim of 4 and segments of 2 tokens at least, "
+                f"not dim={self.dim} and segments of {self.segment_len}; use learned"
+            )
+        if self.num_hidden and self.attention_type not in ("astro", "linear"):
+            raise ValueError(
+                f"num_hidden={self.num_hidden} is of attention_type astro and linear, and "
+                f"attention_type={self.attention_type}; set num_hidden=null"
+            )
+        if self.attention_type == "astro" and self.position_basis == "local":
+            self._check_local_start()
         if self.position_scale and (self.position_embedding != "learned" or self.dim % 2):
             raise ValueError(
                 f"position_scale={self.position_scale} starts learned positions at sinusoids of "
@@ -363,6 +379,21 @@ class Config(BaseModel):
             for key, field in cls.model_fields.items()
         }
         return [key for key, role in roles.items() if getattr(role, attribute)]
+
+    def _check_local_start(self) -> None:
+        m, S = self.num_hidden or self.dim // self.num_heads, self.segment_len
+        if self.position_embedding != "periodic":
+            raise ValueError(
+                "position_basis=local tells rows apart by the periodic code, and "
+                f"position_embedding={self.position_embedding}; set it to periodic"
+            )
+        if S % m:
+            raise ValueError(
+                f"position_basis=local shares {S} tokens of a segment out to num_hidden={m} "
+                f"neurons evenly; use a num_hidden that divides {S}"
+            )
+        if not self.local_lags:
+            raise ValueError("local_lags=[] names no neighbour; use [-1, 1], say")
 
     @property
     def task(self) -> Task:

@@ -41,7 +41,7 @@ from attention import ATTENTION, AstromorphicAttention, LinearAttention, Softmax
 from attention.dropout import derive_keys, draw_seed, dropout
 from lra_config import PADDING_ID, Config, make_config
 from run import checkpoint
-from utils import ordinal_embedding, sinusoidal_positions
+from utils import ordinal_embedding, periodic_positions, sinusoidal_positions
 
 __all__ = [
     "ATTENTION", "RMAAT", "AstromorphicAttention", "LinearAttention", "SoftmaxAttention",
@@ -144,11 +144,16 @@ class RMAAT(
             # The head's weights do its scale and shift.
             norm = nn.BatchNorm1d(head_dim, momentum=READOUT_MOMENTUM, affine=False)
             self.head = nn.Sequential(norm, self.head)
-        # Last, so that all other weights start as they do without it.
+        # The starts of the embedding last, so that all other weights start as they do without.
         if config.token_embedding == "ordinal":
             self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(
                 config.task.tokenizer.vocab_size - 1, config.dim
             )
+        if self.position_embedding == "periodic":
+            S = self.segment_len
+            code = periodic_positions(torch.arange(S), config.dim, S)  # (S, D)
+            self.register_buffer("position_code", code, persistent=False)
+            self.token_embedding.weight.data[:, code.any(dim=0)] = 0
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, seed: Tensor | None = None
@@ -331,6 +336,8 @@ class RMAAT(
             weight = self.token_embedding.weight
             at = torch.arange(start, start + length, device=weight.device)
             return sinusoidal_positions(at, weight.shape[1], weight.dtype)
+        if self.position_embedding == "periodic":
+            return self.position_code[:length]
         return None
 
     def _read_out(self, memory_out: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -33,6 +33,27 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
 
 
+def periodic_positions(positions: Tensor, dim: int, period: int) -> Tensor:
+    """Position code of waves that fit whole into `period`, in the first half of the features.
+
+    There are F = min(period / 2, dim / 4) waves of 1 ... F cycles; two codes are the more alike
+    the nearer their positions lie, and any shift is one linear map.
+
+    Args:
+        positions: (S,), in tokens.
+        dim: at least 4.
+        period: in tokens, at least 2.
+    Returns:
+        (S, dim) float32: sines and cosines of mean square 1, then zeros.
+    Deviation: the paper leaves the position embedding open.
+    """
+    F = min(period // 2, dim // 4)
+    cycles = torch.arange(1, F + 1, device=positions.device, dtype=torch.float64)
+    angles = (2 * math.pi / period) * positions[:, None].double() * cycles  # (S, F)
+    code = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return torch.nn.functional.pad(code, (0, dim - 2 * F)).float()
+
+
 def ordinal_embedding(levels: int, dim: int) -> Tensor:
     """Start of the vectors of ordered levels, such as grey levels: like levels, like vectors.
 

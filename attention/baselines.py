@@ -24,7 +24,8 @@ class LinearAttention(Attention):
     """
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: None = None) -> Tensor:
-        return self.to_out(respond(self.to_qkv(x), self.num_heads, mask, None, Terms()))
+        qkv = self.to_qkv(x)
+        return self.to_out(respond(qkv, self.num_heads, self.num_hidden, mask, None, Terms()))
 
 
 def visible_keys(mask: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ One head, one segment of n = M + S rows X (memory tokens, then tokens). In the e
 the paper's symbol; in shapes, as (B, H, N, d), it is one of `model.py`.
 
     phi(x)   = elu(x) + 1                                     feature_map
-    Q, K, V  = X W_Q, X W_K, X W_V      (n x m, m, d_v)       Attention.to_qkv; m = d_v = d
+    Q, K, V  = X W_Q, X W_K, X W_V      (n x m, m, d_v)       Attention.to_qkv; d_v = d
     P_pos,ij = exp(-|i - j| decay_scale)     (n x n)          apply_position_kernel
     D        = B P_pos B^T              (m x m)               AstromorphicAttention.positions
     R        = B^T D                    (n x m)               its result is phi(R)
@@ -24,6 +24,7 @@ B (`position_basis`) is learned, alpha is `presynaptic_alpha`, the divisor m is 
 residual "+ X" is the encoder layer's, which adds it once. Padded rows are no keys: they are left
 out of H_neuron, H_astro and g (`mask_rows`), and what the rows themselves read carries no meaning.
 The paper writes P for the position kernel too; here that one is P_pos.
+m is `num_hidden`, by default d.
 
 `astromorphic_response` is the reference; `fused.py` holds the same function with its gradient
 written out. `astromorphic.py` puts the weights around them.
@@ -103,9 +104,10 @@ def astromorphic_response(
     """Write the Hebbian weights of a segment and read them with every query. Linear in N.
 
     Args:
-        q, k, v: (B, H, N, d).
+        q, k: (B, H, N, m).
+        v: (B, H, N, d).
         mask: (B, N) bool, True at real rows; None if nothing is padded.
-        positions: phi(R), (H, N, d), which adds H_astro to H; None leaves it out.
+        positions: phi(R), (H, N, m), which adds H_astro to H; None leaves it out.
     Returns:
         The heads' responses (phi(Q) H) * P, (B, H, N, d).
     """
@@ -114,7 +116,7 @@ def astromorphic_response(
 
     # Write: sums over N, so that no N x N product is formed. H_neuron and H_astro share V.
     keys = k if positions is None else k + positions
-    hebbian = keys.mT @ v / terms.scale  # H, (B, H, d, d)
+    hebbian = keys.mT @ v / terms.scale  # H, (B, H, m, d)
     if terms.sigmoid:
         hebbian = hebbian.sigmoid()
 
@@ -136,13 +138,13 @@ def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
     """C = phi(Q) g^T with g = (sum_t phi(k_t))^alpha.
 
     Args:
-        q, k: phi(Q) and phi(K), (B, H, N, d); k is zero at padding.
+        q, k: phi(Q) and phi(K), (B, H, N, m); k is zero at padding.
     Returns:
         (B, H, N, 1), at least float32.
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
-        total = k.sum(dim=2, dtype=dtype)  # (B, H, d)
+        total = k.sum(dim=2, dtype=dtype)  # (B, H, m)
         return q.to(dtype) @ presynaptic_plasticity(total, alpha)[..., None]
 
 

@@ -22,22 +22,24 @@ from attention.heads import join_heads, split_heads
 
 
 def respond(
-    qkv: Tensor, num_heads: int, mask: Tensor | None, positions: Tensor | None, terms: Terms
+    qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None, positions: Tensor | None,
+    terms: Terms,
 ) -> Tensor:
     """Write the Hebbian weights of a segment and read them with every query. Linear in N.
 
     Args:
-        qkv: queries, keys and values side by side, (B, N, 3D).
+        qkv: queries, keys and values side by side, (B, N, H (2 m + d)).
+        num_hidden: m.
         mask: (B, N) bool, True at real rows; None if nothing is padded.
-        positions: phi(R), (H, N, d), which adds H_astro to H; None leaves it out.
+        positions: phi(R), (H, N, m), which adds H_astro to H; None leaves it out.
     Returns:
         The heads' responses, (B, N, D).
     """
     # The compiler fuses the plain form itself; mixed precision keeps C in float32.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(qkv.device.type):
-        q, k, v = split_heads(qkv, num_heads)
+        q, k, v = split_heads(qkv, num_heads, num_hidden)
         return join_heads(astromorphic_response(q, k, v, mask, positions, terms))
-    return FusedResponse.apply(qkv, num_heads, mask, positions, terms)
+    return FusedResponse.apply(qkv, num_heads, num_hidden, mask, positions, terms)
 
 
 class FusedResponse(torch.autograd.Function):
@@ -49,44 +51,45 @@ class FusedResponse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, num_heads: int, mask: Tensor | None, positions: Tensor | None,
-        terms: Terms,
+        ctx: Any, qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None,
+        positions: Tensor | None, terms: Terms,
     ) -> Tensor:
-        # (3, B, H, N, d), ours to overwrite
-        heads = split_heads(qkv, num_heads).clone(memory_format=torch.contiguous_format)
-        positive = heads[:2].clamp(min=0)
-        heads[:2].clamp_(max=0).exp_().add_(positive)  # phi
+        q, k, v = (  # ours to overwrite
+            x.clone(memory_format=torch.contiguous_format)
+            for x in split_heads(qkv, num_heads, num_hidden)
+        )
+        for x in (q, k):
+            positive = x.clamp(min=0)
+            x.clamp_(max=0).exp_().add_(positive)  # phi
         if mask is not None:
-            heads[1:] *= mask[:, None, :, None]
-        q, k, v = heads
+            k *= mask[:, None, :, None]
+            v *= mask[:, None, :, None]
 
         keys = k if positions is None else k + positions
         hebbian = (keys.mT @ v).div_(terms.scale)
         if terms.sigmoid:
             hebbian.sigmoid_()
         inverse = inverse_calcium(q, k, terms.alpha) if terms.normalize else q.new_ones(())
-        B, H, N, d = q.shape
+        B, H, N, d = v.shape
         output = q.new_empty(B, N, H * d)
         torch.mul(q @ hebbian, inverse, out=output.unflatten(-1, (H, d)).transpose(1, 2))
 
-        ctx.save_for_backward(heads, mask, positions, hebbian, inverse, output)
+        ctx.save_for_backward(q, k, v, mask, positions, hebbian, inverse, output)
         ctx.terms = terms
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        heads, mask, positions, hebbian, inverse, output = ctx.saved_tensors
+        q, k, v, mask, positions, hebbian, inverse, output = ctx.saved_tensors
         terms: Terms = ctx.terms
-        q, k, v = heads
-        shape = q.shape[1], q.shape[3]  # (H, d)
-        grad_response = grad_output.unflatten(-1, shape).transpose(1, 2)
-        grads = torch.empty_like(heads)
-        grad_q, grad_k, grad_v = grads
+        B, H, N, d = v.shape
+        grad_response = grad_output.unflatten(-1, (H, d)).transpose(1, 2)
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
 
         if terms.normalize:
             # The response is proportional to P = 1 / C, so that dC = -<dR, R> P.
-            response = output.unflatten(-1, shape).transpose(1, 2)
+            response = output.unflatten(-1, (H, d)).transpose(1, 2)
             grad_calcium = (grad_response * response).sum(-1, keepdim=True).mul_(inverse).neg_()
         grad_response = grad_response * inverse
 
@@ -100,15 +103,20 @@ class FusedResponse(torch.autograd.Function):
         # Write
         torch.matmul(v, grad_hebbian.mT, out=grad_k)
         torch.matmul(k if positions is None else k + positions, grad_hebbian, out=grad_v)
-        grad_positions = grad_k.sum(0) if ctx.needs_input_grad[3] else None
+        grad_positions = grad_k.sum(0) if ctx.needs_input_grad[4] else None
 
         if terms.normalize:
-            total = k.sum(dim=2)  # (B, H, d)
+            total = k.sum(dim=2)  # (B, H, m)
             slope = terms.alpha * presynaptic_plasticity(total, terms.alpha - 1)
-            grad_total = slope[:, :, None] * (grad_calcium.mT @ q)  # (B, H, 1, d)
+            grad_total = slope[:, :, None] * (grad_calcium.mT @ q)  # (B, H, 1, m)
             grad_q.addcmul_(grad_calcium, presynaptic_plasticity(total, terms.alpha)[:, :, None])
             grad_k += grad_total
-        grads[:2] *= heads[:2].clamp(max=1)  # phi' = min(phi, 1), which is 0 at masked keys
+        grad_q *= q.clamp(max=1)  # phi' = min(phi, 1), which is 0 at masked keys
+        grad_k *= k.clamp(max=1)
         if mask is not None:
             grad_v *= mask[:, None, :, None]
-        return grads.permute(1, 3, 0, 2, 4).flatten(2), None, None, grad_positions, None
+        m = q.shape[-1]
+        grad_qkv = grad_output.new_empty(B, N, H * (2 * m + d))
+        for part, grad in zip(split_heads(grad_qkv, H, m), (grad_q, grad_k, grad_v), strict=True):
+            part.copy_(grad)
+        return grad_qkv, None, None, None, grad_positions, None

@@ -7,9 +7,18 @@ from torch import Tensor, nn
 from lra_config import Config
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    """A view (3, B, H, N, d) of projected queries, keys and values (B, N, 3D)."""
-    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+def split_heads(qkv: Tensor, num_heads: int, num_hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of projected queries, keys and values, which lie side by side.
+
+    Args:
+        qkv: (B, N, H (2 m + d)).
+        num_hidden: m, the width of a head's queries and keys.
+    Returns:
+        Queries and keys (B, H, N, m) and values (B, H, N, d).
+    """
+    width = num_heads * num_hidden
+    q, k, v = qkv.tensor_split([width, 2 * width], dim=-1)
+    return tuple(x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
 
 
 def join_heads(x: Tensor) -> Tensor:
@@ -21,7 +30,7 @@ class Attention(nn.Module):
     """What all mechanisms share: the projections, and no residual (the encoder layer owns it).
 
     Called as `attention(x, mask, positions) -> y` with x and y (B, N, D), mask (B, N) bool (True at
-    real rows) or None, and positions (H, N, d) for the mechanisms that have position terms. Rows
+    real rows) or None, and positions (H, N, m) for the mechanisms that have position terms. Rows
     of y at padding carry no meaning.
     """
 
@@ -33,12 +42,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.head_dim = config.dim // config.num_heads
-        self.to_qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.num_hidden = config.num_hidden or self.head_dim  # m
+        width = self.num_heads * (2 * self.num_hidden + self.head_dim)
+        self.to_qkv = nn.Linear(config.dim, width, bias=False)
         self.to_out = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, N, d)."""
-        return split_heads(self.to_qkv(x), self.num_heads).unbind(0)
+        """Queries and keys (B, H, N, m) and values (B, H, N, d)."""
+        return split_heads(self.to_qkv(x), self.num_heads, self.num_hidden)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Concatenate the heads' outputs (B, H, N, d) and project them to (B, N, D)."""

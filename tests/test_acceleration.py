@@ -208,6 +208,7 @@ def test_internals_are_logged_on_request(listops_dir, tmp_path):
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     for row in rows:
         assert row["gradient_norm"] > 0 and row["calcium_min"] > 0
+        assert 0 < row["attention_spread/1"] < 1
         assert row["memory_norm/1"] > row["memory_norm/2"]  # the retention factors fall
 
 
@@ -218,4 +219,5 @@ def test_the_least_calcium_is_that_of_real_rows():
     other = batch.tokens.where(batch.mask, 3)
     found = inspect_model(model, batch)
     assert found == inspect_model(model, batch._replace(tokens=other))
-    assert set(found) == {"calcium_min"} and model.training
+    assert set(found) == {"calcium_min", "attention_spread/1", "attention_spread/2"}
+    assert model.training

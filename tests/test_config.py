@@ -83,6 +83,17 @@ def test_impossible_combinations_are_refused():
         tiny_config(token_embedding="ordinal")
     with pytest.raises(ConfigError, match="bucket_by_length"):
         tiny_config(readout_norm="batch", bucket_by_length=True)
+    with pytest.raises(ConfigError, match="num_hidden=8 is of attention_type astro and linear"):
+        tiny_config(num_hidden=8, attention_type="softmax")
+    local = {"position_basis": "local", "position_embedding": "periodic"}
+    with pytest.raises(ConfigError, match="set it to periodic"):
+        tiny_config(**{**local, "position_embedding": "learned"})
+    with pytest.raises(ConfigError, match="num_hidden=3"):
+        tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=3)
+    with pytest.raises(ConfigError, match="names no neighbour"):
+        tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=8, local_lags=[])
+    with pytest.raises(ConfigError, match="position_embedding=periodic needs"):
+        tiny_config(dim=2, num_heads=1, position_embedding="periodic")
     with pytest.raises(ConfigError, match="batch_size=1"):
         tiny_config(readout_norm="batch", batch_size=1)
 

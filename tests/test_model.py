@@ -26,6 +26,7 @@ from attention.fused import FusedResponse
 from attention.heads import Attention, join_heads, split_heads
 from lra_config import Config
 from model import build_model
+from training.diagnostics import inspect_model
 from utils import sinusoidal_positions
 
 FLOAT64_TOLERANCE = 1e-10
@@ -194,10 +195,11 @@ def test_attention_equals_its_dense_form_in_outputs_and_gradients(variant, padde
         close(actual, expected)
 
 
-def plain(qkv, num_heads, *rest):
-    return join_heads(astromorphic_response(*split_heads(qkv, num_heads), *rest))
+def plain(qkv, num_heads, num_hidden, *rest):
+    return join_heads(astromorphic_response(*split_heads(qkv, num_heads, num_hidden), *rest))
 
 
+@pytest.mark.parametrize("m", [4, 7], ids="m={}".format)
 @pytest.mark.parametrize("with_positions", [False, True], ids=["neuron", "neuron and astro"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("terms", [
@@ -208,19 +210,19 @@ def plain(qkv, num_heads, *rest):
     Terms(sigmoid=True, normalize=False),
 ], ids=str)
 def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
-    terms, padded, with_positions
+    terms, padded, with_positions, m
 ):
     B, H, N, d = 3, 2, 9, 4
     torch.manual_seed(0)
-    qkv = torch.randn(B, N, 3 * H * d, dtype=torch.float64, requires_grad=True)
-    positions = torch.rand(H, N, d, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(B, N, H * (2 * m + d), dtype=torch.float64, requires_grad=True)
+    positions = torch.rand(H, N, m, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(N) < torch.tensor([[N], [4], [0]])  # one sample without a real row
     weights = torch.randn(B, N, H * d, dtype=torch.float64)
 
     results = []
     for form in (FusedResponse.apply, plain):
         output = form(
-            qkv, H, mask if padded else None, positions if with_positions else None, terms
+            qkv, H, m, mask if padded else None, positions if with_positions else None, terms
         )
         inputs = [qkv, positions] if with_positions else [qkv]
         results.append([output, *torch.autograd.grad((output * weights).sum(), inputs)])
@@ -232,7 +234,7 @@ def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
 def test_the_fused_response_leaves_its_input_as_it_is(shape):
     qkv = torch.randn(shape)
     before = qkv.clone()
-    FusedResponse.apply(qkv, 1, torch.zeros(shape[:2], dtype=torch.bool), None, Terms())
+    FusedResponse.apply(qkv, 1, 4, torch.zeros(shape[:2], dtype=torch.bool), None, Terms())
     assert torch.equal(qkv, before)
 
 
@@ -248,7 +250,7 @@ def test_the_fused_response_keeps_half_of_what_autograd_keeps():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = form(qkv, 4, None, positions, Terms(alpha=0.25))
+            output = form(qkv, 4, 8, None, positions, Terms(alpha=0.25))
         kept.append(sum(storages.values()))
         del output
     fused, by_autograd = kept
@@ -533,6 +535,47 @@ def test_each_start_changes_its_own_weights_alone(changed):
         same = parameter.equal(on[name.replace("head.", "head.1.") if changed == "readout_norm"
                                   else name])
         assert same == (name != own.get(changed)), name
+
+
+LOCAL = {"position_basis": "local", "position_embedding": "periodic", "decay_scale": 4.0}
+
+
+@pytest.mark.parametrize("lag", [-4, -1, 1, 3])
+def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag_most(lag):
+    config = tiny_config(
+        **LOCAL, dim=64, num_heads=1, num_hidden=16, max_seq_len=32, num_segments=2,
+        num_memory_tokens=2, num_layers=1, local_lags=[lag],
+    )
+    model = build_model(config)
+    attention = model.layers[0].attention
+    rows = model.embedding_norm(model.position_code)[None]  # (1, S, D), of no token
+    q, _, _ = attention.project(rows)
+    weights = feature_map(q[0, 0]) @ attention.positions()[0, 2:].T  # (S, S), row by key
+    expected = (torch.arange(16) + lag) % 16
+    assert weights.argmax(dim=1).equal(expected)
+    # All the rows that it does not mean to read, together, weigh less than the one it does.
+    share = weights.amax(dim=1) / weights.sum(dim=1)
+    assert float(share.min().detach()) > 0.5
+
+
+def test_the_periodic_code_counts_inside_the_segment_and_leaves_tokens_their_own_features():
+    model = build_model(tiny_config(position_embedding="periodic"))
+    assert model._position_embedding(0, 5).equal(model._position_embedding(1, 5))
+    used = model.position_code.any(dim=0)
+    assert used.any() and not model.token_embedding.weight[:, used].any()
+    assert model.token_embedding.weight[1:, ~used].all()
+
+
+def test_rows_of_the_local_start_differ_where_those_of_places_hardly_do():
+    spread = {}
+    for name, changes in {"places": {}, "local": LOCAL}.items():
+        torch.manual_seed(0)
+        config = tiny_config(
+            **changes, dim=64, num_hidden=32, max_seq_len=64, num_segments=2, num_layers=1
+        )
+        found = inspect_model(build_model(config), tiny_batch(config))
+        spread[name] = found["attention_spread/1"]
+    assert 0 < spread["places"] < spread["local"] / 3 < 1 / 3
 
 
 def test_an_ordinal_start_gives_like_grey_levels_like_vectors():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention import AstromorphicAttention
+from attention.heads import Attention
 from dataloader import Batch
 from model import RMAAT
 
@@ -17,7 +18,9 @@ def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
     Returns:
         `calcium_min`, the least C of any real row, layer and segment (where P = 1 / C is on: the
         attention grows as it falls), and `memory_norm/t`, the mean norm of the memory tokens that
-        leave segment t, their retention factor included.
+        leave segment t, their retention factor included. `attention_spread/l` says how far the
+        rows of layer l's attention differ: the deviation over the real rows of a sample against
+        the rms, 0 where all rows are alike, averaged over the segments.
     """
     least: list[Tensor] = []
 
@@ -28,7 +31,22 @@ def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
             calcium = calcium.masked_fill(~mask[:, None], torch.inf)
         least.append(calcium.min())
 
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    spreads: list[list[Tensor]] = [[] for _ in layers]
+
+    def record_spread(layer: int, mask: Tensor | None, y: Tensor) -> None:
+        real = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
+        mean = (y * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1)
+        deviation, total = (((x * real).square().sum()) for x in (y - mean, y))
+        spreads[layer].append((deviation / total.clamp_min(1e-30)).sqrt())
+
     hooks = [
+        module.register_forward_hook(
+            lambda _, arguments, y, layer=layer: record_spread(layer, arguments[1], y)
+        )
+        for layer, module in enumerate(layers)
+    ]
+    hooks += [
         module.register_forward_hook(record)
         for module in model.modules()
         if isinstance(module, AstromorphicAttention) and module.terms.normalize
@@ -44,6 +62,10 @@ def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     found = {"calcium_min": float(torch.stack(least).min())} if least else {}
+    found |= {
+        f"attention_spread/{layer}": float(torch.stack(values).mean())
+        for layer, values in enumerate(spreads, start=1)
+    }
     if model.config.num_memory_tokens:
         found |= {
             f"memory_norm/{t}": float(memory.norm(dim=-1).mean())
