@@ -1,0 +1,81 @@
+"""The documents: what they point to exists, and the README's figures are those of `results/`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from conftest import ROOT
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/README.md"))]
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def section(page: Path, heading: str) -> str:
+    found = re.search(rf"^#+ {heading}$(.*?)(?=^#|\Z)", page.read_text(), flags=re.M | re.S)
+    assert found, f"{page.name} has no section {heading}"
+    return found[1]
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link} points to no file"
+        assert not anchor or anchor in anchors(target), f"{link} points to no heading"
+
+
+def test_every_document_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", README.read_text()))
+    assert linked == {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md")}
+
+
+def test_the_rooms_exist():
+    rooms = re.findall(r"`([\w/]+(?:\.\w+|/))`", section(README, "Rooms"))
+    assert len(rooms) > 20
+    assert [room for room in rooms if not (ROOT / room).exists()] == []
+
+
+def test_every_module_and_package_has_a_line():
+    rooms = section(README, "Rooms")
+    modules = [path.name for path in ROOT.glob("*.py")]
+    packages = [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
+    assert [name for name in modules + packages if f"`{name}`" not in rooms] == []
+
+
+def test_accuracies_are_those_of_the_runs():
+    """A row's system links to a folder that holds one summary, or one in a folder per seed."""
+    rows = re.findall(
+        r"^\| [\w ]+ \| \[[^]]+\]\(([^)]+)\) \|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$",
+        section(README, "Results"), flags=re.M,
+    )
+    assert rows
+    for folder, *cells in rows:
+        runs = [json.loads(path.read_text()) for path in (ROOT / folder).rglob("summary.json")]
+        paper, ours, gap, seeds, steps = (
+            float(cell.split("±")[0].replace(",", "")) for cell in cells
+        )
+        measured = 100 * mean(run["test_accuracy"] for run in runs)
+        assert ours == pytest.approx(measured, abs=0.0501), folder
+        assert gap == pytest.approx(measured - paper, abs=0.0501), folder
+        assert (seeds, {steps}) == (len(runs), {run["steps"] for run in runs}), folder
