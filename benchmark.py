@@ -13,7 +13,7 @@ what to compare; absolute times depend on the machine.
 from __future__ import annotations
 
 import argparse
-import ctypes
+import functools
 import json
 import statistics
 import subprocess
@@ -29,13 +29,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import Batch
+from experiments import published
+from experiments.published import AMRB, BPTT
+from experiments.tables import markdown
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from run.files import write_json
 from train import StepResult, amrb_backward, bptt_backward
 from training.acceleration import GraphedBackward, resolve_device
 from training.optimizer import build_optimizer
-from utils import hardware, versions
+from utils import hardware, peak_memory_mib, reset_peak_memory, versions
 
 WARMUP_STEPS, TIMED_STEPS = 1, 3
 LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fewer
@@ -46,39 +49,26 @@ BASE = {
     "dataset": "listops", "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 512,
     "num_memory_tokens": 1, "batch_size": 4, "precision": "float32",
 }
-# Name: file of overrides, further overrides.
+CHECKPOINTED, GRAPHED = f"{BPTT}, checkpointed", f"{AMRB}, CUDA graphs"
+# Name: file in configs/tables/, further overrides.
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "RMAAT, AMRB": ("rmaat", {}),
-    "RMAAT, BPTT": ("rmaat", {"memory_replay_backprop": False}),
-    "RMAAT, BPTT, checkpointed": ("rmaat", {"memory_replay_backprop": False}),
-    "RMAAT, AMRB, compiled": ("rmaat", {"compile": True}),
-    "RMAAT, AMRB, CUDA graphs": ("rmaat", {"cuda_graphs": True}),
-    "RMT": ("rmt", {}),
-    "RLT": ("rlt", {}),
-    "AT": ("at", {}),
-    "Transformer": ("transformer", {}),
-    "Linear Transformer": ("linear_transformer", {}),
-    "Nystromformer": ("nystromformer", {}),
-    "Luna-256": ("luna", {}),
+    AMRB: ("rmaat", {}),
+    BPTT: ("rmaat", {"memory_replay_backprop": False}),
+    CHECKPOINTED: ("rmaat", {"memory_replay_backprop": False}),
+    f"{AMRB}, compiled": ("rmaat", {"compile": True}),
+    GRAPHED: ("rmaat", {"cuda_graphs": True}),
+    **{name: (key, {}) for key, name in reversed(published.SYSTEMS.items()) if key != "rmaat"},
 }
-MEMORY_SYSTEMS = [
-    "RMAAT, AMRB", "RMAAT, BPTT", "RMAAT, BPTT, checkpointed", "RMT", "Transformer",
-]
+RMT, TRANSFORMER = published.SYSTEMS["rmt"], published.SYSTEMS["transformer"]
+MEMORY_SYSTEMS = [AMRB, BPTT, CHECKPOINTED, RMT, TRANSFORMER]
 MEASURED = ("step_seconds", "peak_mib", "gflop")
 
 
 def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
     """BPTT that keeps each segment's inputs and runs it again: what one would otherwise use."""
-    positions, seed = model.positions(), model.dropout_seed()
     segments, mask = model.split(batch.tokens, batch.mask)
-    memory = model.initial_memory(len(segments[0].tokens))
-    readouts = []
-    for index, segment in enumerate(segments):
-        memory, readout = checkpoint(
-            model.segment, segment.tokens, memory, index, segment.mask, positions, seed,
-            use_reentrant=False,
-        )
-        readouts.append(readout)
+    run = functools.partial(checkpoint, model.segment, use_reentrant=False)
+    readouts = [readout for _, readout in model.recur(segments, run=run)]
     logits = model.head(model.combine(readouts, mask))
     loss = F.cross_entropy(logits, batch.labels)
     (scale * loss).backward()
@@ -142,9 +132,9 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     if config.compile is True:
         model.encode = torch.compile(model.encode, dynamic=False)
     backward = amrb_backward if config.memory_replay_backprop else bptt_backward
-    if system.endswith("checkpointed"):
+    if system == CHECKPOINTED:
         backward = checkpointed_backward
-    if system.endswith("CUDA graphs"):
+    if system == GRAPHED:
         backward = GraphedBackward(backward)
 
     def step(batch: Batch) -> float:
@@ -161,11 +151,11 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     warm_up = random_batch(config, 2 * config.segment_len) if is_long else batch
     # What libraries and the compiler load on their first call is not the step's.
     step(warm_up if config.compile is True else Batch(batch.tokens[:1, :8], None, batch.labels[:1]))
-    held = _reset_peak(device)
+    held = reset_peak_memory(device)
     for _ in range(WARMUP_STEPS):
         step(warm_up)
     seconds = [step(batch) for _ in range(1 if is_long else TIMED_STEPS)]
-    peak_mib = _peak_mib(device) - held
+    peak_mib = peak_memory_mib(device) - held
     if config.compile is True:
         del model.encode  # the eager form's operations are counted
     flop = None if is_long else count_flop(model, config, batch)
@@ -192,30 +182,6 @@ def matmul_gflop_per_second(device_name: str) -> float:
             seconds = (time.perf_counter() - started) / 20
             best = max(best, 2 * rows * fan_in * fan_out / seconds / 1e9)
     return best
-
-
-def _status_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 2**10
-    raise RuntimeError(f"/proc/self/status has no {field}; the CPU's memory is measured on Linux")
-
-
-def _reset_peak(device: torch.device) -> float:
-    """Start the high-water mark anew; return what is held now, in MiB."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what the C heap only kept is held by nothing
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_mib("VmRSS")
-
-
-def _peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _status_mib("VmHWM")
 
 
 def in_fresh_process(what: str, request: Any) -> Any:
@@ -301,7 +267,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def speed_systems(device: str) -> list[str]:
-    return [system for system in SYSTEMS if device == "cuda" or "CUDA" not in system]
+    return [system for system in SYSTEMS if device == "cuda" or system != GRAPHED]
 
 
 def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -309,7 +275,7 @@ def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return measure_in_turn(
         [
             {**request(arguments, system, seq_len), "batch_size": 1}
-            for system in arguments.systems or ["RMAAT, AMRB"] for seq_len in arguments.seq_lens
+            for system in arguments.systems or [AMRB] for seq_len in arguments.seq_lens
         ],
         arguments.repeats, with_rate=False,
     )
@@ -324,16 +290,15 @@ def request(arguments: argparse.Namespace, system: str, seq_len: int) -> dict[st
 
 def print_table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict], str]]) -> None:
     """Markdown, a cell empty where its figure is missing."""
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
+
+    def cell(text: Callable[[dict], str], row: dict[str, Any]) -> str:
+        try:
+            return text(row)
+        except KeyError:
+            return ""
+
+    print(markdown(list(columns), [[cell(text, row) for text in columns.values()] for row in rows]))
     for row in rows:
-        cells = []
-        for text in columns.values():
-            try:
-                cells.append(text(row))
-            except KeyError:
-                cells.append("")
-        print("| " + " | ".join(cells) + " |")
         if "error" in row:
             print(f"{row['system']}, {row['seq_len']} tokens: {row['error']}", file=sys.stderr)
 
@@ -356,13 +321,13 @@ def report(what: str, rows: Sequence[dict[str, Any]]) -> None:
     peak, step = (lambda r: f"{r['peak_mib']:,.0f}"), (lambda r: f"{r['step_seconds']:.2f}")
     if what == "memory":
         columns |= {
-            "peak MiB": peak, "x AMRB": relative_to(rows, "RMAAT, AMRB", "peak_mib"),
-            "step s": step, "x AMRB's time": relative_to(rows, "RMAAT, AMRB", "step_seconds"),
+            "peak MiB": peak, "x AMRB": relative_to(rows, AMRB, "peak_mib"),
+            "step s": step, "x AMRB's time": relative_to(rows, AMRB, "step_seconds"),
         }
     elif what == "throughput":
         columns |= {
             "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
-            "x RMT": relative_to(rows, "RMT", "tokens_per_second"),
+            "x RMT": relative_to(rows, RMT, "tokens_per_second"),
             "of the matmul rate": lambda r: f"{100 * r['matmul_share']:.0f} %",
         }
     else:

@@ -122,17 +122,28 @@ class Task:
     max_seq_len: int  # over all documents of an example
     num_segments: int
     num_documents: int = 1
+    grey: bool = False  # the bytes are the grey values of a square image
+    truncated: bool = True  # of a longer document the first tokens are kept; false: an error
+    tab_separated: bool = False  # a tab is no part of a document
 
 
 TASKS = {
-    "listops": Task(ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8),
+    "listops": Task(
+        ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8, truncated=False,
+        tab_separated=True,
+    ),
     "imdb": Task(WordTokenizer, num_classes=2, max_seq_len=512, num_segments=2),
     "imdb_long": Task(WordTokenizer, num_classes=2, max_seq_len=1536, num_segments=6),
     "imdb_lra": Task(ByteTokenizer, num_classes=2, max_seq_len=4096, num_segments=8),
-    "cifar10": Task(ByteTokenizer, num_classes=10, max_seq_len=1024, num_segments=4),
-    "pathfinder32": Task(ByteTokenizer, num_classes=2, max_seq_len=1024, num_segments=4),
+    "cifar10": Task(
+        ByteTokenizer, num_classes=10, max_seq_len=1024, num_segments=4, grey=True, truncated=False
+    ),
+    "pathfinder32": Task(
+        ByteTokenizer, num_classes=2, max_seq_len=1024, num_segments=4, grey=True, truncated=False
+    ),
     "aan": Task(
-        ByteTokenizer, num_classes=2, max_seq_len=8192, num_segments=16, num_documents=2
+        ByteTokenizer, num_classes=2, max_seq_len=8192, num_segments=16, num_documents=2,
+        tab_separated=True,
     ),
 }
 

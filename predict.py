@@ -21,9 +21,6 @@ from run.processes import current_processes
 from train import evaluate
 from training.acceleration import resolve_device
 
-IMAGES = {"cifar10", "pathfinder32"}
-TAB_SEPARATED = {"listops", "aan"}  # where a tab is no part of a document
-
 
 def load_trained(
     path: Path, config: Config | None = None, overrides: dict[str, Any] | None = None
@@ -153,7 +150,7 @@ def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.n
     Raises:
         ValueError: the line is none of that, or too long.
     """
-    columns = line.split(b"\t") if config.dataset in TAB_SEPARATED else [line]
+    columns = line.split(b"\t") if config.task.tab_separated else [line]
     expected, limit = config.task.num_documents, config.document_len
     if len(columns) != expected:
         raise ValueError(f"has {len(columns)} tab-separated columns, expected {expected}")
@@ -167,7 +164,7 @@ def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.n
 
 
 def _encode(text: bytes, config: Config, tokenizer: Tokenizer) -> np.ndarray:
-    if config.dataset in IMAGES:
+    if config.task.grey:
         return _grey_values(text, config.task.max_seq_len)
     if isinstance(tokenizer, ByteTokenizer):
         return tokenizer.encode(text)

@@ -87,7 +87,7 @@ def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
         rows[f"memory_{M}"] = (f"{M} memory tokens", {"num_memory_tokens": M})
     for T in (2, 4, 8, 16):
         values = {"num_segments": T}
-        if task in ("text", "retrieval"):
+        if base.task.truncated:
             values["max_seq_len"] = T * base.segment_len
         S = values.get("max_seq_len", base.max_seq_len) // T
         rows[f"segments_{T}"] = (f"{T} segments of {S}", values)
@@ -286,11 +286,11 @@ def measured_table(table: str, budget: str, device: str, tasks: Iterable[str]) -
     if table == "memory":
         return ratio_table(
             rows, lengths, value="peak_mib", unit="MiB", figures=published.PEAK_GB,
-            figures_unit="GB", reference="RMAAT, AMRB",
+            figures_unit="GB", reference=published.AMRB,
         )
     return ratio_table(
         rows, lengths, value="tokens_per_second", unit="tokens/s", figures=published.THROUGHPUT,
-        figures_unit=None, reference="RMT",
+        figures_unit=None, reference=published.SYSTEMS["rmt"],
     )
 
 

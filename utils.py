@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -90,23 +91,39 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def reset_peak_memory(device: torch.device) -> float:
+    """Let `peak_memory_mib` count from now on, where the system can: CUDA and Linux.
+
+    Returns:
+        What is held now in MiB: allocated on a CUDA device, resident on Linux, else NaN.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    if not sys.platform.startswith("linux"):
+        return math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # what the C heap only kept is held by nothing
+    with contextlib.suppress(OSError):  # a container may forbid it
+        Path("/proc/self/clear_refs").write_text("5")
+    return _resident_mib("VmRSS")
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory of this process in MiB: allocated on a CUDA device, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform.startswith("linux"):
+        return _resident_mib("VmHWM")
     import resource  # not on Windows, where only CUDA's figure exists
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mib` count from now on, where the system can: CUDA and Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+def _resident_mib(field: str) -> float:
+    """A figure of Linux' account of this process: VmRSS now, VmHWM at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from experiments.grid import value_text
+from experiments.tables import markdown
 from lra_config import Config
 from run.state import Summary, check_unclaimed
 from run.terminal import log_line
@@ -42,34 +43,27 @@ def sweep_table(
 
     The deviation is that of a sample (n - 1); a single run has none.
     """
-    lines = _row("run", *varied, *COLUMNS) + _rule(1 + len(varied))
-    groups: dict[tuple[str, ...], list[Summary]] = defaultdict(list)
+    runs, groups = [], defaultdict(list)
     fixed = [key for key in varied if key != "seed"]
     for config, summary in zip(configs, summaries, strict=True):
-        cells = [f"{100 * getattr(summary, name):.2f}" for name in COLUMNS.values()]
-        values = (value_text(getattr(config, key)) for key in varied)
-        lines += _row(config.run_name, *values, *cells)
-        groups[tuple(value_text(getattr(config, key)) for key in fixed)].append(summary)
+        text = {key: value_text(getattr(config, key)) for key in varied}
+        accuracies = [f"{100 * getattr(summary, name):.2f}" for name in COLUMNS.values()]
+        runs.append([config.run_name, *text.values(), *accuracies])
+        groups[tuple(text[key] for key in fixed)].append(summary)
+    table = markdown(["run", *varied, *COLUMNS], runs, numbers=len(COLUMNS)) + "\n"
     if "seed" not in varied:
-        return lines
-    lines += "\n" + _row(*fixed, "seeds", *COLUMNS) + _rule(1 + len(fixed))
-    for values, group in groups.items():
-        cells = [
+        return table
+    means = [
+        [*values, str(len(group)), *(
             _mean_and_deviation([100 * getattr(summary, name) for summary in group])
             for name in COLUMNS.values()
-        ]
-        lines += _row(*values, str(len(group)), *cells)
-    return lines
+        )]
+        for values, group in groups.items()
+    ]
+    header = [*fixed, "seeds", *COLUMNS]
+    return table + "\n" + markdown(header, means, numbers=len(COLUMNS)) + "\n"
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |\n"
-
-
-def _rule(text_columns: int) -> str:
-    return f"|{'---|' * text_columns}{'---:|' * len(COLUMNS)}\n"
