@@ -46,22 +46,22 @@ def collate(
     A pair of documents stands in one row of tokens. Encoded jointly, the second begins at the
     fixed column `document_len`; encoded apart, both halves are as long as the longest document.
     """
-    starts, lengths = split.starts[rows], split.lengths[rows]  # (B, K)
-    K = lengths.shape[1]
+    starts, lengths = split.starts[rows], split.lengths[rows]  # (B, documents)
+    num_documents = lengths.shape[1]
     S = config.segment_len
     multiple = S if whole_segments else math.gcd(S, TRIM_TOKENS)
-    longest = lengths.max(axis=0)  # (K,)
-    if config.num_sequences == K:
+    longest = lengths.max(axis=0)  # (documents,)
+    if config.num_sequences == num_documents:
         longest[:] = width = max(-(-longest.max() // multiple), 1) * multiple
     else:
         width = config.document_len
         longest[-1] = max(-(-longest[-1] // multiple), 1) * multiple
     columns = np.arange(width)
-    mask = columns < lengths[..., None]  # (B, K, width)
+    mask = columns < lengths[..., None]  # (B, documents, width)
     # Past the end of a document lies the next one, and past the last one nothing: clip, then blank.
     at = np.minimum(starts[..., None] + columns, len(split.tokens) - 1)
     tokens = np.where(mask, split.tokens[at].astype(np.int64) + split.offset, PADDING_ID)
-    L = (K - 1) * width + int(longest[-1])
+    L = (num_documents - 1) * width + int(longest[-1])
     tokens, mask = (x.reshape(len(rows), -1)[:, :L] for x in (tokens, mask))
 
     def to_device(array: np.ndarray) -> Tensor:

@@ -34,13 +34,13 @@ class DataError(UserError, ValueError):
 class PackedSplit:
     """One split: documents end to end in the smallest integers that hold them.
 
-    E examples of K documents each; K is 1 but for pairs.
+    `starts` and `lengths` have a row per example and a column per document: one, but for pairs.
     """
 
     tokens: np.ndarray  # (sum of lengths,) uint8 or uint16, mapped from the disk
-    starts: np.ndarray  # (E, K) int64, where a document begins in `tokens`
-    lengths: np.ndarray  # (E, K) int64, in tokens
-    labels: np.ndarray  # (E,) int64
+    starts: np.ndarray  # (examples, documents) int64, where a document begins in `tokens`
+    lengths: np.ndarray  # (examples, documents) int64, in tokens
+    labels: np.ndarray  # (examples,) int64
     offset: int  # a token's id is what is stored plus this
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ def _load_part(reader: Reader, part: str) -> PackedSplit:
 
 def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
     info = json.loads((folder / "info.json").read_text())
-    lengths = np.load(folder / "lengths.npy")  # (E, K)
+    lengths = np.load(folder / "lengths.npy")  # (examples, documents)
     ends = lengths.cumsum().reshape(lengths.shape)
     reader.skipped += info["skipped"]
     return PackedSplit(
