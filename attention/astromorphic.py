@@ -125,7 +125,7 @@ class AstromorphicAttention(Attention):
     def positions(self) -> Tensor:
         """phi(R) of the relative positions, (H, N, m); linear in N, without the batch.
 
-        D = B P B^T (m x m), R = B^T D: one learned B is both basis change and edge weight.
+        D = B P_pos B^T (m x m), R = B^T D: one learned B is both basis change and edge weight.
         """
         basis = self.position_basis  # (H, m, N)
         distances = basis @ apply_position_kernel(basis.mT, self.decay_scale)  # (H, m, m)

@@ -20,11 +20,11 @@ the paper's symbol; in shapes, as (B, H, N, d), it is one of `model.py`.
     P        = 1 / C, 0 where C is 0    (n x 1)               inverse_calcium
     L        = (phi(Q) H) * P + X       (n x d_v)             astromorphic_response + the residual
 
-B (`position_basis`) is learned, alpha is `presynaptic_alpha`, the divisor m is `hebbian_scale`. The
-residual "+ X" is the encoder layer's, which adds it once. Padded rows are no keys: they are left
-out of H_neuron, H_astro and g (`mask_rows`), and what the rows themselves read carries no meaning.
-The paper writes P for the position kernel too; here that one is P_pos.
-m is `num_hidden`, by default d.
+B (`position_basis`) is learned; m is `num_hidden`, by default d; alpha is `presynaptic_alpha`, the
+divisor m is `hebbian_scale`. The residual "+ X" is the encoder layer's, which adds it once. Padded
+rows are no keys: they are left out of H_neuron, H_astro and g (`mask_rows`), and what the rows
+themselves read carries no meaning. The paper writes P for the position kernel too; here that one is
+P_pos.
 
 `astromorphic_response` is the reference; `fused.py` holds the same function with its gradient
 written out. `astromorphic.py` puts the weights around them.
