@@ -1,10 +1,16 @@
-"""Small data and configurations that the tests share."""
+"""What the tests share: small data and configurations, command lines, gradients, waiting."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +18,9 @@ import torch
 
 from data.listops import generate_listops
 from dataloader import Batch
-from lra_config import Config, make_config
+from lra_config import Config, dump_config, make_config
+from model import build_model
+from train import StepResult
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +31,12 @@ TINY = {
     "log_interval": 2, "checkpoint_interval": 4, "device": "cpu",
     "nystrom_landmarks": 4, "nystrom_conv": 3,  # fewer landmarks than rows
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from tests that do not ask for them, and from the processes they start."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def tiny_config(**changes) -> Config:
@@ -41,15 +55,116 @@ def tiny_batch(config: Config, lengths: list[int] | None = None, seed: int = 0) 
     return Batch(tokens, torch.arange(L) < torch.tensor(lengths)[:, None], labels)
 
 
-def run_cli(
-    *arguments: str, cwd: Path, check: bool = False, stdin: str = "",
-    env: dict[str, str] | None = None,
+def write_config(folder: Path, data_dir: Path, **changes) -> Path:
+    """The file of a tiny run named `run`."""
+    path = folder / "tiny.yaml"
+    config = tiny_config(**{"data_dir": str(data_dir), "run_name": "run", **changes})
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
+
+
+def called(
+    function: Callable[[], object], *arguments: object, cwd: Path, stdin: str = "",
+    check: bool = False,
 ) -> subprocess.CompletedProcess:
-    """`run_train.py` as a user calls it, from the folder `cwd`; `env` adds to the environment."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run_train.py"), *arguments],
-        cwd=cwd, capture_output=True, text=True, check=check, timeout=300, input=stdin,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    """`function` as the program of a command line, in this process, from the folder `cwd`."""
+    arguments = tuple(map(str, arguments))
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["program", *arguments])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        try:
+            status = function()
+        except SystemExit as leave:
+            status = leave.code
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
+    result = subprocess.CompletedProcess(
+        arguments, status or 0, output.getvalue(), errors.getvalue()
+    )
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def run_script(
+    script: str, *arguments: object, cwd: Path, **options
+) -> subprocess.CompletedProcess:
+    """A script as a user calls it, but in this process: torch is loaded once for all."""
+    def program() -> None:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return called(program, *arguments, cwd=cwd, **options)
+
+
+def run_cli(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """`run_train.py`, by `run_script`."""
+    return run_script("run_train.py", *arguments, cwd=cwd, **options)
+
+
+def start_process(
+    script: str, *arguments: object, cwd: Path, launcher: Sequence[str] = (),
+    env: dict[str, str] | None = None, **options,
+) -> subprocess.Popen:
+    """A script in a process of its own, for what is about processes; `env` adds to ours."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **{**pipes, **options},
+    )
+
+
+def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """What a started process leaves, once it ends."""
+    try:
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Return when the condition holds, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "the run does not come forward"
+        time.sleep(0.0005)
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit status 2 and one line that holds the words."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+Gradients = dict[str, torch.Tensor]
+
+
+def gradients_of(
+    config: Config, backward: Callable[..., StepResult], batch: Batch,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Gradients, StepResult]:
+    """One batch's gradients by `backward`, from equal weights and equal draws of dropout."""
+    torch.manual_seed(0)
+    model = build_model(config).to(dtype)
+    torch.manual_seed(1)
+    result = backward(model, batch)
+    return {name: p.grad for name, p in model.named_parameters()}, result
+
+
+def largest_difference(actual: Gradients, expected: Gradients) -> float:
+    """Of a tensor, in units of its norm (of a thousandth of the whole's where that is more)."""
+    assert actual.keys() == expected.keys()
+    whole = torch.stack([e.norm() for e in expected.values()]).norm()
+    return max(
+        float((actual[n] - e).norm() / max(e.norm(), 1e-3 * whole)) for n, e in expected.items()
     )
 
 

@@ -1,7 +1,5 @@
 """Properties of the neuron-astrocyte macro model and of the retention factors."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 
 from astrocyte import (
     DEFAULT,
@@ -20,7 +19,6 @@ from astrocyte import (
     simulated_increments,
 )
 
-SCRIPT = Path(__file__).parents[1] / "astrocyte.py"
 SEGMENT_COUNTS = (1, 2, 3, 8, 16, 64, 128)
 
 RTOL_SUM = 1e-12
@@ -161,7 +159,7 @@ def test_command_prints_the_factors(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plot_command_writes_a_png(tmp_path: Path) -> None:
     image = tmp_path / "factors.png"
-    subprocess.run([sys.executable, str(SCRIPT), "--plot", str(image)], check=True)
+    run_script("astrocyte.py", "--plot", image, cwd=tmp_path, check=True)
     assert image.read_bytes().startswith(b"\x89PNG")
 
 

@@ -15,17 +15,28 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_cli, tiny_config
+from conftest import (
+    ROOT,
+    TINY,
+    assert_refused,
+    finished,
+    run_cli,
+    run_script,
+    start_process,
+    tiny_config,
+    write_config,
+)
 
 import predict
 import run_train
 from data.listops import generate_listops
 from data.packing import load_splits
 from experiments.grid import load_runs
-from lra_config import ConfigError, dump_config, make_config
+from lra_config import ConfigError, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
 from run import checkpoint
@@ -33,31 +44,16 @@ from run import checkpoint
 CHANCE = 0.17  # the share of ListOps' most frequent answer
 
 
-def write_config(folder: Path, data_dir: Path, **changes) -> Path:
-    path = folder / "tiny.yaml"
-    values = {**TINY, "data_dir": str(data_dir), "run_name": "run", **changes}
-    path.write_text(dump_config(make_config(values)), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, listops_dir) -> Path:
     """A folder with `tiny.yaml` and the finished run `runs/run`."""
     folder = tmp_path_factory.mktemp("trained")
     path = write_config(folder, listops_dir)
-    result = run_cli("--config", str(path), cwd=folder)
+    result = finished(start_process("run_train.py", "--config", path, cwd=folder))
     assert result.returncode == 0, result.stderr
     (folder / "stdout").write_text(result.stdout)
     (folder / "stderr").write_text(result.stderr)
     return folder
-
-
-def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2 and one line that holds the words."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for word in words:
-        assert word in result.stderr, result.stderr
 
 
 # Logs
@@ -74,9 +70,8 @@ def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_di
     path = write_config(tmp_path, listops_dir)
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))  # rows, columns
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_train.py"), "--config", str(path)], cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    process = start_process(
+        "run_train.py", "--config", path, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=slave
     )
     os.close(slave)
     shown = b""
@@ -94,24 +89,17 @@ def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_di
     assert re.search(bar, shown.decode()), shown
 
 
-def stub_wandb(folder: Path, body: str) -> dict[str, str]:
-    """An environment in which `import wandb` finds a module of the given body."""
-    (folder / "stub").mkdir()
-    (folder / "stub" / "wandb.py").write_text(body, encoding="utf-8")
-    return {"PYTHONPATH": str(folder / "stub")}
-
-
-def test_wandb_is_not_imported_unless_asked_for(tmp_path, listops_dir):
+def test_wandb_is_not_imported_unless_asked_for(tmp_path, listops_dir, monkeypatch):
     path = write_config(tmp_path, listops_dir, stop_after_steps=1)
-    variables = stub_wandb(tmp_path, "raise SystemExit('imported')")
-    assert run_cli("--config", str(path), cwd=tmp_path, env=variables).returncode == 0
-    result = run_cli("--config", str(path), "run_name=b", "wandb=true", cwd=tmp_path, env=variables)
-    assert result.returncode != 0 and "imported" in result.stderr
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
+    assert "wandb" not in run_cli("--config", path, cwd=tmp_path, check=True).stdout
+    result = run_cli("--config", path, "run_name=b", "wandb=true", cwd=tmp_path, check=True)
+    assert "wandb is off, the run goes on: import of wandb" in result.stdout
 
 
 def test_wandb_offline_leaves_a_run_to_be_sent_later(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir, wandb=True, wandb_mode="offline")
-    result = run_cli("--config", str(path), cwd=tmp_path)
+    result = finished(start_process("run_train.py", "--config", path, cwd=tmp_path))
     assert result.returncode == 0, result.stderr
     assert "wandb" not in result.stdout + result.stderr
     run_id = (tmp_path / "runs/run/wandb_id").read_text()
@@ -121,11 +109,17 @@ def test_wandb_offline_leaves_a_run_to_be_sent_later(tmp_path, listops_dir):
         assert key in content, key
 
 
-def test_an_unreachable_wandb_does_not_end_the_training(tmp_path, listops_dir, monkeypatch):
+def test_an_unreachable_wandb_does_not_end_the_training(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir, wandb=True)
-    # Nothing listens on the discard port: the client is left to its retries.
+    # Nothing listens on the discard port: the client is left to its retries, for a short time.
     variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
-    result = run_cli("--config", str(path), cwd=tmp_path, env=variables)
+    program = tmp_path / "impatient.py"
+    program.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport run.log\n"
+        "run.log.WANDB_TIMEOUT = 2.0\n"
+        f"runpy.run_path({str(ROOT / 'run_train.py')!r}, run_name='__main__')\n"
+    )
+    result = finished(start_process(program, "--config", path, cwd=tmp_path, env=variables))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wandb is off, the run goes on: ") == 1
     assert result.stderr == ""
@@ -133,27 +127,19 @@ def test_an_unreachable_wandb_does_not_end_the_training(tmp_path, listops_dir, m
 
 
 @pytest.mark.parametrize("failing", ["log", "finish", "summary"])
-def test_a_wandb_that_fails_later_is_told_once(tmp_path, listops_dir, failing):
+def test_a_wandb_that_fails_later_is_told_once(tmp_path, listops_dir, monkeypatch, failing):
+    wandb = MagicMock()
+    wandb.init.return_value.id = "id"
+    method = getattr(wandb.init.return_value, failing)
+    method.side_effect = method.update.side_effect = ConnectionError("gone")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     path = write_config(tmp_path, listops_dir, wandb=True)
-    body = (
-        "from unittest.mock import MagicMock\n"
-        "setup, Settings = MagicMock(), MagicMock()\n"
-        "def init(**_):\n"
-        "    run = MagicMock(id='id')\n"
-        f"    getattr(run, '{failing}').update.side_effect = ConnectionError('gone')\n"
-        f"    getattr(run, '{failing}').side_effect = ConnectionError('gone')\n"
-        "    return run\n"
-    )
-    result = run_cli("--config", str(path), cwd=tmp_path, env=stub_wandb(tmp_path, body))
-    assert result.returncode == 0, result.stderr
+    result = run_cli("--config", path, cwd=tmp_path, check=True)
     assert result.stdout.count("wandb is off, the run goes on: gone") == 1
 
 
-def run_plots(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "plots.py"), *map(str, arguments)],
-        capture_output=True, text=True, timeout=120,
-    )
+def run_plots(*arguments: object) -> subprocess.CompletedProcess:
+    return run_script("plots.py", *arguments, cwd=ROOT)
 
 
 def test_curves_of_several_runs_one_of_them_without_a_validation(tmp_path, trained):
@@ -220,14 +206,14 @@ def test_a_sweep_that_cannot_work_is_refused_before_it_starts(tmp_path, listops_
     with pytest.raises(ConfigError, match="share runs/run_seed1"):
         load_runs(path, ["seed=1,1"])
     assert_refused(
-        run_cli("--config", str(path), "seed=0,1", "--eval_only", cwd=tmp_path), "seed=0,1"
+        run_cli("--config", path, "seed=0,1", "--eval_only", cwd=tmp_path), "seed=0,1"
     )
 
 
 def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
     # The first run is finished, the second was cut, the third has not begun.
-    command = ["--config", str(path)]
+    command = ["--config", path]
     run_cli(*command, "run_name=run_seed0", "seed=0", cwd=tmp_path, check=True)
     cut = ["run_name=run_seed1", "seed=1", "stop_after_steps=4"]
     run_cli(*command, *cut, cwd=tmp_path, check=True)
@@ -255,7 +241,7 @@ def test_a_failing_run_ends_the_sweep(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir, embedding_path=None)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/run_seed1").write_text("in the way")
-    result = run_cli("--config", str(path), "seed=0,1,2", cwd=tmp_path)
+    result = run_cli("--config", path, "seed=0,1,2", cwd=tmp_path)
     assert_refused(result, "runs/run_seed1")
     assert (tmp_path / "runs/run_seed0/summary.json").exists()
     assert not (tmp_path / "runs/run_seed2").exists()
@@ -386,7 +372,7 @@ def test_a_model_of_words_brings_its_vocabulary(tmp_path, name):
         "dataset: imdb\nmax_seq_len: 16\nrun_name: run\ndim: 16\nffn_dim: 16\nnum_layers: 1\n"
         "batch_size: 8\nmax_steps: 60\nwarmup_steps: 0\nlearning_rate: 1e-2\ndevice: cpu\n"
     )
-    run_cli("--config", str(path), cwd=tmp_path, check=True)
+    run_cli("--config", path, cwd=tmp_path, check=True)
     (tmp_path / "datasets").rename(tmp_path / "gone")
     trained_on = RMAAT.from_pretrained(tmp_path / "runs/run")
     assert {"splendid", "dreadful"} < set(trained_on.vocabulary)
@@ -440,26 +426,24 @@ def test_the_committed_weights_solve_fresh_listops(tmp_path):
 # A full disk, for which a limit on the size of files stands in
 
 
-def limited(size: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+def limited(size: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """`run_train.py` where no file can grow past `size` bytes."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run_train.py"), *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    return finished(start_process(
+        "run_train.py", *arguments, cwd=cwd,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
+    ))
 
 
 def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
-    run_cli("--config", str(path), "stop_after_steps=4", cwd=tmp_path, check=True)
+    run_cli("--config", path, "stop_after_steps=4", cwd=tmp_path, check=True)
     last = tmp_path / "runs/run/last.pt"
     before = last.read_bytes()
-    result = limited(20_000, "--config", str(path), "--resume", cwd=tmp_path)
+    result = limited(20_000, "--config", path, "--resume", cwd=tmp_path)
     assert_refused(result, "File too large", "the previous checkpoint is kept")
     assert last.read_bytes() == before
     assert not list(last.parent.glob("*.part"))
-    assert run_cli("--config", str(path), "--resume", cwd=tmp_path).returncode == 0
+    assert run_cli("--config", path, "--resume", cwd=tmp_path).returncode == 0
 
 
 def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
@@ -471,7 +455,7 @@ def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
     num_tokens = int(load_splits(open_dataset(config))["train"].lengths.sum())
     shutil.rmtree(tmp_path / ".cache")
     for size in (3_000, num_tokens):  # too little for the tokens, and for a header before them
-        result = limited(size, "--config", str(path), cwd=tmp_path)
+        result = limited(size, "--config", path, cwd=tmp_path)
         assert_refused(result, "packed train split was not written", "free some space")
         assert not list((tmp_path / ".cache").iterdir())
     assert len(load_splits(open_dataset(config))["train"]) == 300

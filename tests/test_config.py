@@ -135,8 +135,6 @@ def test_unreadable_files_are_named(tmp_path, content, words):
 def test_the_command_line_answers_a_mistake_with_status_2_and_one_line(
     tmp_path, listops_dir, arguments
 ):
-    if arguments == ["device=cuda"] and torch.cuda.is_available():
-        arguments = ["device=tpu"]
     path = write(tmp_path, dump_config(make_config({**TINY, "data_dir": str(listops_dir)})))
     result = run_cli("--config", str(path), *arguments, cwd=tmp_path)
     assert result.returncode == 2

@@ -7,14 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, TINY, tiny_config
+from conftest import TINY, largest_difference, start_process, tiny_config, wait_for
 
 from lra_config import Config, ConfigError, dump_config, make_config
 from run import checkpoint
@@ -36,14 +34,6 @@ def config_of(data_dir: Path, folder: Path, name: str, **changes) -> Config:
     return tiny_config(
         data_dir=str(data_dir), output_dir=str(folder), run_name=name, max_steps=STEPS,
         bucket_by_length=True, eval_interval=10, checkpoint_interval=5, **changes,
-    )
-
-
-def relative(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a tensor, in units of its norm (of the whole where it is tiny)."""
-    whole = torch.stack([e.norm() for e in expected.values()]).norm()
-    return max(
-        float((actual[n] - e).norm() / max(e.norm(), 1e-3 * whole)) for n, e in expected.items()
     )
 
 
@@ -75,7 +65,7 @@ def test_two_processes_of_half_the_batch_have_the_gradients_of_one(listops_dir, 
         first_gradients_of_one_rank, (free_port(), halves, tmp_path / "two.pt"), nprocs=2
     )
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
-    assert relative(two, one) <= GRADIENT_TOLERANCE
+    assert largest_difference(two, one) <= GRADIENT_TOLERANCE
 
 
 def test_accumulated_batches_have_the_gradients_of_one(listops_dir, tmp_path):
@@ -85,20 +75,16 @@ def test_accumulated_batches_have_the_gradients_of_one(listops_dir, tmp_path):
         config = config_of(listops_dir, tmp_path, name, grad_clip=0.0, **changes)
         first_gradients(config, tmp_path / f"{name}.pt")
     one, four = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "four"))
-    assert relative(four, one) <= GRADIENT_TOLERANCE
+    assert largest_difference(four, one) <= GRADIENT_TOLERANCE
 
 
-def run_in_processes(count: int, *arguments: str, cwd: Path) -> subprocess.Popen:
+def run_in_processes(count: int, *arguments: object, cwd: Path) -> subprocess.Popen:
     """`run_train.py` under torchrun."""
     launcher = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}",
+        "-m", "torch.distributed.run", f"--nproc_per_node={count}",
         f"--master_port={free_port()}",
     ]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / "run_train.py"), *arguments], cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return start_process("run_train.py", *arguments, cwd=cwd, launcher=launcher)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +98,7 @@ def one_process(listops_dir, tmp_path_factory) -> Path:
 def assert_follows(folder: Path, one: Path) -> None:
     """The run in `folder` has the weights and metrics of the run `one`."""
     weights, expected = (checkpoint.load(f / "last.pt")["model"] for f in (folder, one))
-    assert relative(weights, expected) <= WEIGHT_TOLERANCE
+    assert largest_difference(weights, expected) <= WEIGHT_TOLERANCE
     rows, expected_rows = read_metrics(folder), read_metrics(one)
     assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
     for row, other in zip(rows, expected_rows, strict=True):
@@ -125,7 +111,7 @@ def test_torchrun_follows_one_process(listops_dir, one_process, tmp_path):
     path.write_text(dump_config(config_of(listops_dir, tmp_path, "run", batch_size=4)))
     # Interrupted by its own shorter length, then resumed, as a user would.
     for extra in (["stop_after_steps=10"], ["--resume"]):
-        process = run_in_processes(2, "--config", str(path), *extra, cwd=tmp_path)
+        process = run_in_processes(2, "--config", path, *extra, cwd=tmp_path)
         output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         assert output.count("test_acc") == 1
@@ -151,11 +137,8 @@ def test_a_signal_to_torchrun_saves_one_checkpoint(listops_dir, tmp_path):
     })
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
-    process = run_in_processes(2, "--config", str(path), cwd=tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = run_in_processes(2, "--config", path, cwd=tmp_path)
+    wait_for(process, (tmp_path / "run" / "metrics.jsonl").exists)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -166,7 +149,7 @@ def test_a_signal_to_torchrun_saves_one_checkpoint(listops_dir, tmp_path):
 def test_a_mistake_is_told_once_by_all_processes(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"dataset: aan\ndata_dir: {tmp_path}\n")
-    process = run_in_processes(2, "--config", str(path), cwd=tmp_path)
+    process = run_in_processes(2, "--config", path, cwd=tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("new_aan_pairs") == 1

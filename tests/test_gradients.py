@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_config
+from conftest import gradients_of, largest_difference, tiny_batch, tiny_config
 
 from model import RMAAT, AstromorphicAttention, build_model
 from train import amrb_backward, bptt_backward
@@ -16,26 +16,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 LENGTHS = [48, 3, 30, 0]
 
 
-def gradients(config, dtype, backward, batch, seed=1):
-    torch.manual_seed(0)
-    model = build_model(config).to(dtype)
-    torch.manual_seed(seed)
-    result = backward(model, batch)
-    return {name: p.grad for name, p in model.named_parameters()}, result
-
-
 def worst_difference(config, dtype, batch) -> float:
-    """The largest ||a - b|| over the parameters, in units of max(||b||, 1e-3 * ||all b||)."""
-    expected, bptt = gradients(config, dtype, bptt_backward, batch)
-    actual, amrb = gradients(config, dtype, amrb_backward, batch)
-    assert actual.keys() == expected.keys()
+    """Between AMRB's gradients and BPTT's, by `largest_difference`."""
+    expected, bptt = gradients_of(config, bptt_backward, batch, dtype)
+    actual, amrb = gradients_of(config, amrb_backward, batch, dtype)
     torch.testing.assert_close(amrb.logits, bptt.logits)
     torch.testing.assert_close(amrb.loss, bptt.loss)
-    whole = torch.stack([g.norm() for g in expected.values()]).norm()
-    return max(
-        float((actual[n] - expected[n]).norm() / max(expected[n].norm(), 1e-3 * whole))
-        for n in expected
-    )
+    return largest_difference(actual, expected)
 
 
 CASES = [
@@ -90,7 +77,7 @@ def test_amrb_reaches_every_weight_under_autocast(outer):
     results = []
     for backward in (bptt_backward, amrb_backward):
         with autocast():
-            results.append(gradients(config, torch.float32, backward, batch)[0])
+            results.append(gradients_of(config, backward, batch, torch.float32)[0])
     for name, expected in results[0].items():
         actual = results[1][name]
         assert (actual - expected).norm() <= 0.05 * expected.norm() + 1e-4, name
@@ -109,7 +96,7 @@ def test_both_leave_the_random_state_at_the_same_place():
     config = tiny_config(dropout=0.3)
     states = []
     for backward in (bptt_backward, amrb_backward):
-        gradients(config, torch.float64, backward, tiny_batch(config))
+        gradients_of(config, backward, tiny_batch(config))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 

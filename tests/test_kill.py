@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_cli
+from conftest import TINY, run_cli, start_process, wait_for
 from test_train import assert_same_outcome
 
 from data.listops import generate_listops
@@ -38,14 +37,6 @@ def write_config(folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(dump_config(make_config(values)), encoding="utf-8")
     return path
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    """Return when the condition holds, or the process has ended."""
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline, "the run does not come forward"
-        time.sleep(0.0005)
 
 
 def last_step(folder: Path) -> int:
@@ -80,7 +71,7 @@ def kill(process: subprocess.Popen, folder: Path, moments: random.Random) -> str
         wait_for(process, lambda: evaluating(folder))
         time.sleep(moments.uniform(0, 0.01))
     if process.poll() is not None:
-        pytest.fail(f"the run ended before it was killed: {process.stderr.read().decode()}")
+        pytest.fail(f"the run ended before it was killed: {process.stderr.read()}")
     process.kill()
     process.communicate()
     if any(folder.glob("*.part")):
@@ -109,9 +100,8 @@ def test_thirty_kills_leave_no_trace(tmp_path):
     moments, hits, folder = random.Random(SEED), Counter(), tmp_path / "killed"
     command = ["--config", str(config), "run_name=killed", "--resume"]
     for number in range(1, KILLS + 1):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run_train.py"), *command], cwd=tmp_path,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        process = start_process(
+            "run_train.py", *command, cwd=tmp_path, stdout=subprocess.DEVNULL
         )
         hit = kill(process, folder, moments)
         hits[hit] += 1

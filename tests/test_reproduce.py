@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_batch
+from conftest import ROOT, run_script, start_process, tiny_batch, wait_for
 
 import reproduce
 from experiments import published
@@ -23,17 +19,6 @@ from model import build_model
 from train import amrb_backward, bptt_backward, train
 
 SYSTEM_FILES = sorted((ROOT / "configs/tables").glob("*.yaml"))
-
-
-def cli(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "reproduce.py"), *arguments]
-
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        cli(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def smoke_cell(system: str = "rmaat", task: str = "listops", seed: int = 0) -> reproduce.Cell:
@@ -86,7 +71,7 @@ def test_cells_are_trained_kept_and_not_trained_again(tmp_path, listops_dir):
         "accuracy", "--tasks", "text", "listops", "--systems", "rmt", "--budget", "smoke",
         "--data_dir", str(listops_dir),
     ]
-    first = run(*arguments, cwd=tmp_path)
+    first = run_script("reproduce.py", *arguments, cwd=tmp_path)
     # The data of Text are not there: its cell is reported, that of ListOps goes on.
     assert first.returncode == 1
     (error,) = first.stderr.splitlines()
@@ -102,7 +87,7 @@ def test_cells_are_trained_kept_and_not_trained_again(tmp_path, listops_dir):
     assert load_config(tmp_path / file, overrides) == load_config(folder / "config.yaml")
     assert "| Text 4K | RMT |  | 65.0 |  |" in first.stdout
 
-    again = run(*arguments, cwd=tmp_path)
+    again = run_script("reproduce.py", *arguments, cwd=tmp_path)
     assert "training reproduce/accuracy/smoke/listops" not in again.stdout
     assert again.stdout.splitlines()[-6:] == first.stdout.splitlines()[-6:]
 
@@ -128,16 +113,11 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(tmp_path, listops_dir, 
 
 def test_a_signal_is_handed_on_and_the_run_saved(tmp_path, listops_dir):
     place = "reproduce/accuracy/short/listops/rmaat/seed0"
-    process = subprocess.Popen(
-        cli("accuracy", "--tasks", "listops", "--systems", "rmaat", "--budget", "short",
-            "--data_dir", str(listops_dir)),
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    process = start_process(
+        "reproduce.py", "accuracy", "--tasks", "listops", "--systems", "rmaat", "--budget", "short",
+        "--data_dir", listops_dir, cwd=tmp_path,
     )
-    metrics = tmp_path / "runs" / place / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(process, (tmp_path / "runs" / place / "metrics.jsonl").exists)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
+from conftest import TINY, run_cli, start_process, tiny_batch, tiny_config, wait_for
 from safetensors.torch import load_file
 
 import train as train_module
@@ -191,15 +187,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, listops_dir, number, 
     )
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_train.py"), "--config", str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_process("run_train.py", "--config", path, cwd=tmp_path)
+    wait_for(process, (tmp_path / "run" / "metrics.jsonl").exists)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
