@@ -118,6 +118,8 @@ _ATTENTION = [
      "the gradient of K through C has the other sign"),
     ("fused-grad-phi", FUSED, "grad_q *= q.clamp(max=1)", "grad_q *= q",
      "the slope of phi above zero is not 1"),
+    ("fused-grad-phi-keys", FUSED, "grad_k *= k.clamp(max=1)", "grad_k *= k",
+     "the slope of phi above zero is not 1 at the keys"),
     ("fused-grad-mask", FUSED, "grad_v *= mask[:, None, :, None]", "grad_v *= 1",
      "padded values have a gradient"),
 
@@ -125,6 +127,8 @@ _ATTENTION = [
      "presynaptic_alpha does nothing"),
     ("divisor-default", ASTROMORPHIC, "config.hebbian_scale or self.num_hidden",
      "config.hebbian_scale or config.dim", "the divisor is the model's width"),
+    ("divisor-width", ASTROMORPHIC, "config.hebbian_scale or self.num_hidden",
+     "config.hebbian_scale or self.head_dim", "the divisor is the width of the values"),
     ("divisor-key", ASTROMORPHIC, "config.hebbian_scale or self.num_hidden", "self.num_hidden",
      "hebbian_scale does nothing"),
     ("sigmoid-key", ASTROMORPHIC, "sigmoid=config.hebbian_sigmoid", "sigmoid=False",

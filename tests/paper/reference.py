@@ -137,8 +137,9 @@ def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bo
     D, heads = X.shape[1], keys["num_heads"]
     d = D // heads
     kind = keys["attention_type"]
+    m = d if keys["num_hidden"] is None else keys["num_hidden"]
     W = weights[layer + "attention.to_qkv.weight"]  # W_Q, W_K, W_V below each other, transposed
-    Q, K, V = X @ W[:D].T, X @ W[D : 2 * D].T, X @ W[2 * D :].T
+    Q, K, V = X @ W[: heads * m].T, X @ W[heads * m : 2 * heads * m].T, X @ W[2 * heads * m :].T
 
     def project(concatenated: Array) -> Array:
         return (
@@ -147,7 +148,7 @@ def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bo
         )
 
     def of_head(h: int, *matrices: Array) -> list[Array]:
-        return [matrix[:, h * d : (h + 1) * d] for matrix in matrices]
+        return [np.split(matrix, heads, axis=1)[h] for matrix in matrices]
 
     if kind == "luna":
         M = keys["num_memory_tokens"]
@@ -185,7 +186,7 @@ def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bo
                 R = relative_positions(basis, keys["decay_scale"])
             columns.append(astromorphic_head(
                 q, k, v, real, R, alpha=keys["presynaptic_alpha"],
-                divisor=d if keys["hebbian_scale"] is None else keys["hebbian_scale"],
+                divisor=m if keys["hebbian_scale"] is None else keys["hebbian_scale"],
                 take_sigmoid=keys["hebbian_sigmoid"], normalize=keys["presynaptic_normalize"],
             ))
     return project(np.hstack(columns))

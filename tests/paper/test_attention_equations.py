@@ -143,7 +143,8 @@ VARIANTS = [
     for astro, sigmoid, normalize in itertools.product([True, False], repeat=3)
 ] + [
     {"hebbian_scale": 3.0, "presynaptic_alpha": 0.4}, {"presynaptic_alpha": 1.0},
-    {"decay_scale": 0.0}, {"num_heads": 1}, {"num_heads": 4}, {"num_memory_tokens": 0},
+    {"num_hidden": 3}, {"num_hidden": 7, "hebbian_sigmoid": True}, {"decay_scale": 0.0},
+    {"num_heads": 1}, {"num_heads": 4}, {"num_memory_tokens": 0},
 ]
 
 

@@ -24,6 +24,7 @@ VARIANTS = [
     *({"attention_type": a, "pooling": p} for a, p in itertools.product(ATTENTIONS, POOLINGS)),
     {"attention_type": "nystrom", "nystrom_landmarks": 9, "nystrom_conv": 0},
     {"attention_type": "nystrom", "nystrom_landmarks": 1, "nystrom_conv": 5},
+    {"num_hidden": 3}, {"num_hidden": 7, "attention_type": "linear"},
     {"position_embedding": "sinusoidal"}, {"position_embedding": "none"},
     {"astro_mem": False}, {"num_memory_tokens": 0}, {"num_segments": 1}, {"num_segments": 12},
     {"num_layers": 1}, {"hebbian_sigmoid": True}, {"hebbian_astro": False},
