@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -11,19 +10,17 @@ import torch.nn.functional as F
 from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from astrocyte import retention_factors
 from attention import ATTENTION
 from attention.astromorphic import localised_basis
 from attention.baselines import landmark_runs, pseudo_inverse
 from attention.equations import (
     Terms,
-    apply_position_kernel,
     astromorphic_response,
     feature_map,
     inverse_calcium,
 )
 from attention.fused import FusedResponse
-from attention.heads import Attention, join_heads, split_heads
+from attention.heads import join_heads, split_heads
 from lra_config import Config
 from model import build_model
 from training.diagnostics import inspect_model
@@ -51,148 +48,6 @@ def test_the_feature_map_is_elu_plus_one_and_never_zero():
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
     close(gradient, expected_gradient)
     assert (feature_map(torch.tensor([-80.0, -30.0])) > 0).all()
-
-
-def dense_reference(attention: Attention, config: Config, x, mask, positions) -> torch.Tensor:
-    """Attention as an explicit N x N weighting of the values, one head and sample at a time."""
-    if config.attention_type == "luna":
-        return dense_luna(attention, config, x, mask)
-    B, N, D = x.shape
-    d = D // config.num_heads
-    q, k, v = (x @ w.T for w in attention.to_qkv.weight.split(D))
-    keep = torch.ones(B, N, dtype=torch.bool) if mask is None else mask
-    out = torch.zeros_like(x)
-    for b, h in itertools.product(range(B), range(config.num_heads)):
-        span = slice(h * d, (h + 1) * d)
-        qh, kh, vh = q[b, :, span], k[b, :, span], v[b, :, span]
-        real = keep[b].double()
-        if config.attention_type == "softmax":
-            scores = (qh @ kh.T / math.sqrt(d)).masked_fill(~keep[b], -math.inf)
-            heads = scores.softmax(dim=1) @ vh
-        elif config.attention_type == "nystrom":
-            heads = torch.zeros_like(vh)  # of the real rows, padding cut out of the sample
-            heads[keep[b]] = dense_nystrom(
-                attention, h, qh[keep[b]], kh[keep[b]], vh[keep[b]], config
-            )
-        else:
-            phi_q, phi_k = feature_map(qh), feature_map(kh)
-            weights = phi_q @ phi_k.T * real  # (N, N)
-            if config.attention_type == "linear":
-                heads = weights @ vh / weights.sum(dim=1, keepdim=True)
-            else:
-                if config.hebbian_astro:
-                    weights = weights + phi_q @ positions[h].T * real
-                scale = config.hebbian_scale or d
-                if config.hebbian_sigmoid:
-                    keys = phi_k + positions[h] if config.hebbian_astro else phi_k
-                    numerator = phi_q @ ((keys * real[:, None]).T @ vh / scale).sigmoid()
-                else:
-                    numerator = weights @ vh / scale
-                g = (phi_k * real[:, None]).sum(dim=0) ** config.presynaptic_alpha
-                calcium = (phi_q * g).sum(dim=1, keepdim=True)
-                heads = numerator / calcium if config.presynaptic_normalize else numerator
-        out[b, :, span] = heads
-    return attention.to_out(out)
-
-
-def dense_nystrom(attention: Attention, h: int, q, k, v, config: Config) -> torch.Tensor:
-    """One head and sample without padding: the N x N matrix F Z B plus the band of the kernel."""
-    n = len(q)
-    count = min(n, config.nystrom_landmarks)
-    bounds = [-(-j * n // count) for j in range(count + 1)]
-    means = torch.zeros(count, n, dtype=q.dtype)
-    for j, (start, end) in enumerate(itertools.pairwise(bounds)):
-        means[j, start:end] = 1 / (end - start)
-
-    def softmax(a, b):
-        return (a @ b.T / math.sqrt(q.shape[1])).softmax(dim=1)
-
-    middle = softmax(means @ q, means @ k)
-    inverse = middle.T / middle.sum(dim=0).max() / middle.sum(dim=1).max()
-    for _ in range(config.nystrom_iterations):
-        product = middle @ inverse
-        powers = [torch.linalg.matrix_power(product, power) for power in range(4)]
-        inverse = inverse @ sum(
-            c * power for c, power in zip((13, -15, 7, -1), powers, strict=True)
-        ) / 4
-    weights = softmax(q, means @ k) @ inverse @ softmax(means @ q, k)  # (N, N)
-    if config.nystrom_conv:
-        kernel = attention.convolution.weight[h, 0, :, 0]
-        middle_tap = len(kernel) // 2
-        for i, j in itertools.product(range(n), range(n)):
-            if abs(i - j) <= middle_tap:
-                band = torch.zeros_like(weights)
-                band[i, j] = 1
-                weights = weights + band * kernel[j - i + middle_tap]
-    return weights @ v
-
-
-def dense_luna(attention: Attention, config: Config, x, mask) -> torch.Tensor:
-    """Luna one head and sample at a time, the padded rows cut out."""
-    B, N, D = x.shape
-    M, d = config.num_memory_tokens, D // config.num_heads
-    w_q, w_k, w_v = attention.to_qkv.weight.split(D)
-    packed_k, packed_v = attention.to_packed_kv.weight.split(D)
-    out = torch.zeros_like(x)
-
-    def attend(q, k, v):  # (., D) each
-        heads = [
-            (qh @ kh.T / math.sqrt(d)).softmax(dim=1) @ vh
-            for qh, kh, vh in zip(q.split(d, 1), k.split(d, 1), v.split(d, 1), strict=True)
-        ]
-        return torch.cat(heads, dim=1)
-
-    for b in range(B):
-        rows = torch.arange(M, N) if mask is None else mask[b].nonzero()[M:, 0]
-        memory, tokens = x[b, :M], x[b, rows]
-        packed = attend(memory @ w_q.T, tokens @ w_k.T, tokens @ w_v.T)
-        unpacked = attend(tokens @ w_q.T, packed @ packed_k.T, packed @ packed_v.T)
-        out[b, :M] = packed
-        out[b, rows] = attention.to_out(unpacked)
-    return out
-
-
-VARIANTS = [
-    {"attention_type": "astro"},
-    {"attention_type": "astro", "hebbian_astro": False},
-    {"attention_type": "astro", "hebbian_sigmoid": True},
-    {"attention_type": "astro", "hebbian_sigmoid": True, "hebbian_astro": False},
-    {"attention_type": "astro", "hebbian_scale": 3.0},
-    {"attention_type": "astro", "presynaptic_alpha": 1.0},
-    {"attention_type": "astro", "presynaptic_normalize": False},
-    {"attention_type": "astro", "position_basis": "random", "decay_scale": 0.1},
-    {"attention_type": "softmax"},
-    {"attention_type": "linear"},
-    {"attention_type": "nystrom", "nystrom_landmarks": 5, "nystrom_conv": 3},
-    {"attention_type": "nystrom", "nystrom_landmarks": 9, "nystrom_conv": 0},
-    {"attention_type": "nystrom"},
-    {"attention_type": "luna"},
-]
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(map(str, v.values())))
-def test_attention_equals_its_dense_form_in_outputs_and_gradients(variant, padded):
-    config = tiny_config(num_memory_tokens=2, **variant)
-    torch.manual_seed(0)
-    attention = ATTENTION[config.attention_type](config).double()
-    N = config.num_memory_tokens + config.segment_len
-    x = torch.randn(2, N, config.dim, dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(2, N, dtype=torch.bool)
-    mask[0, 7:], mask[1, 10:] = False, False
-    mask = mask if padded else None
-    weights = torch.randn(2, N, config.dim, dtype=torch.float64)
-    if padded:
-        weights = weights * mask[..., None]  # rows at padding carry no meaning
-
-    results = []
-    for form in (attention, lambda *a: dense_reference(attention, config, *a)):
-        positions = attention.positions() if attention.has_positions else None
-        loss = (form(x, mask, positions) * weights).sum()
-        tensors = [x, *attention.parameters()]
-        results.append([loss, *torch.autograd.grad(loss, tensors)])
-    for actual, expected in zip(*results, strict=True):
-        close(actual, expected)
 
 
 def plain(qkv, num_heads, num_hidden, *rest):
@@ -257,23 +112,6 @@ def test_the_fused_response_keeps_half_of_what_autograd_keeps():
     assert fused < by_autograd / 2
 
 
-def test_nystrom_with_a_landmark_per_row_is_softmax_attention():
-    """F A^+ B is then A A^+ A: the softmax matrix, once the iteration has converged."""
-    nystrom = tiny_config(
-        attention_type="nystrom", nystrom_landmarks=16, nystrom_conv=0, nystrom_iterations=25
-    )
-    softmax = tiny_config(attention_type="softmax")
-    torch.manual_seed(0)
-    approximate = ATTENTION["nystrom"](nystrom).double()
-    with torch.no_grad():
-        approximate.to_qkv.weight.mul_(4)  # scores of the order of one: A is far from singular
-    exact = ATTENTION["softmax"](softmax).double()
-    exact.load_state_dict(approximate.state_dict())
-    x = torch.randn(2, 10, 16, dtype=torch.float64)
-    mask = torch.arange(10) < torch.tensor([[10], [6]])
-    close(approximate(x, mask)[mask], exact(x, mask)[mask], 1e-6)
-
-
 def test_landmark_runs_split_the_real_rows_evenly_wherever_they_are():
     real = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)) < 0.6
     real[4], real[5] = False, torch.arange(50) < 3
@@ -307,24 +145,6 @@ def test_luna_spares_its_packed_rows_the_feed_forward_block():
     close(y[:, :3], layer.attention_norm(x + layer.attention(x, None))[:, :3])
 
 
-@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300])
-@pytest.mark.parametrize("decay_scale", [0.0, 0.01, 1.0, 50.0])
-def test_position_kernel_equals_its_dense_form(size, decay_scale):
-    torch.manual_seed(0)
-    x = torch.randn(2, size, 3, dtype=torch.float64, requires_grad=True)
-    at = torch.arange(size, dtype=torch.float64)
-    kernel = torch.exp(-(at[:, None] - at).abs() * decay_scale)
-    actual, expected = apply_position_kernel(x, decay_scale), kernel @ x
-    close(actual, expected)
-    weights = torch.randn_like(x)
-    close(*(torch.autograd.grad(y, x, weights)[0] for y in (actual, expected)))
-
-
-def test_position_kernel_stays_finite_over_long_segments():
-    x = torch.randn(1, 100_000, 1)
-    assert apply_position_kernel(x, 1.0).isfinite().all()
-
-
 def test_localised_neurons_peak_at_their_own_places():
     torch.manual_seed(0)
     geometric, stepwise = localised_basis(2, 32, num_memory_tokens=3, segment_len=64).argmax(dim=2)
@@ -350,17 +170,6 @@ def test_cost_is_linear_in_the_segment_length(attention_type):
     counts = [flops(n) for n in (512, 1024, 2048, 4096)]
     for half, whole in itertools.pairwise(counts):
         assert 1.95 < whole / half < 2.01
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_padded_content_never_changes_the_logits(attention_type, pooling):
-    config = tiny_config(attention_type=attention_type, pooling=pooling)
-    model = double_model(config)
-    batch = tiny_batch(config, lengths=[40, 3, 17, 0])
-    other = torch.where(batch.mask, batch.tokens, 16 - batch.tokens)
-    assert not other.equal(batch.tokens)
-    close(model(other, batch.mask), model(batch.tokens, batch.mask), 0.0)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -408,19 +217,6 @@ def test_rows_of_padding_alone_leave_everything_finite(attention_type):
 
 
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_an_empty_segment_leaves_the_memory_as_it_was(attention_type):
-    config = tiny_config(attention_type=attention_type)
-    model = double_model(config)
-    tokens = tiny_batch(config).tokens[:2, :10]
-    memory = torch.randn(2, 1, config.dim, dtype=torch.float64)
-    mask = torch.tensor([[False] * 10, [True] * 10])
-    next_memory, readout = model.segment(tokens, memory, 1, mask)
-    close(next_memory[0], memory[0], 0.0)
-    assert not readout[0].any()
-    assert not torch.allclose(next_memory[1], memory[1])
-
-
-@pytest.mark.parametrize("attention_type", ATTENTIONS)
 def test_samples_do_not_see_each_other(attention_type):
     config = tiny_config(attention_type=attention_type)
     model = double_model(config)
@@ -444,54 +240,6 @@ def test_only_the_memory_joins_segments(attention_type, memory_tokens):
     assert same == (memory_tokens == 0)
 
 
-def test_retention_factors_scale_the_memory_and_can_be_off():
-    on, off = (tiny_config(astro_mem=value) for value in (True, False))
-    with_factor, without = double_model(on), double_model(off)
-    tokens = tiny_batch(on).tokens[:, :10]
-    memory = without.initial_memory(3)
-    for index, factor in enumerate(retention_factors(on.num_segments)):
-        scaled, _ = with_factor.segment(tokens, memory, index)
-        plain, _ = without.segment(tokens, memory, index)
-        close(scaled, factor * plain)
-    assert without.retention_factors.tolist() == [1.0] * 4
-
-
-def test_pooling_reads_what_it_says():
-    """Each read-out against the outputs of the segments, run one by one."""
-    lengths = [40, 13, 20]
-    for pooling in POOLINGS:
-        config = tiny_config(pooling=pooling, num_memory_tokens=2)
-        model = double_model(config)
-        batch = tiny_batch(config, lengths=lengths)
-        for row, length in enumerate(lengths):
-            memory, outputs = model.initial_memory(1), []
-            for index in range(-(-length // 10)):
-                tokens = batch.tokens[row : row + 1, index * 10 : min(index * 10 + 10, length)]
-                hidden = []
-                handle = model.layers[-1].register_forward_hook(
-                    lambda _m, _a, output, hidden=hidden: hidden.append(output)
-                )
-                memory, _ = model.segment(
-                    tokens, memory, index, torch.ones_like(tokens, dtype=torch.bool)
-                )
-                handle.remove()
-                outputs.append(hidden[0][0])
-            pooled = {
-                "mean": torch.cat([y[2:] for y in outputs]).mean(dim=0),
-                "last": outputs[-1][2:].mean(dim=0),
-                "memory": outputs[-1][:2].mean(dim=0),
-            }[pooling]
-            close(model(batch.tokens, batch.mask)[row], model.head(pooled))
-
-
-def test_calcium_of_zero_gives_a_zero_gain_and_a_zero_gradient():
-    q = torch.rand(1, 1, 3, 4, dtype=torch.float64).requires_grad_()
-    k = torch.zeros(1, 1, 5, 4, dtype=torch.float64, requires_grad=True)
-    gain = inverse_calcium(q, k, alpha=0.25)
-    gain.sum().backward()
-    assert not gain.any() and not q.grad.any() and not k.grad.any()
-
-
 def test_calcium_is_float32_under_autocast():
     seen = []
     config = tiny_config(precision="bfloat16")
@@ -505,18 +253,6 @@ def test_calcium_is_float32_under_autocast():
     exact.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(tokens), exact(tokens), rtol=0.1, atol=0.05)
     assert not model(tokens).equal(exact(tokens))
-
-
-@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "none"])
-def test_position_embedding_distinguishes_places_if_there_is_one(kind):
-    config = tiny_config(
-        position_embedding=kind, attention_type="linear", num_segments=1, pooling="mean"
-    )
-    model = double_model(config)
-    tokens = tiny_batch(config).tokens
-    swapped = torch.allclose(model(tokens), model(tokens.flip(1)))
-    assert swapped == (kind == "none")
-    assert hasattr(model, "position_table") == (kind == "learned")
 
 
 GREY = {"dataset": "cifar10", "max_seq_len": 16, "num_segments": 2}
