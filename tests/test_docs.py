@@ -11,7 +11,10 @@ import pytest
 from conftest import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/README.md"))]
+PAGES = sorted(
+    page for pattern in ("*.md", "docs/*.md", "results/**/README.md")
+    for page in ROOT.glob(pattern)
+)
 
 
 def without_code(page: Path) -> str:
@@ -48,6 +51,11 @@ def test_links_lead_somewhere(page):
 def test_every_document_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\((docs/[^)#]+)", README.read_text()))
     assert linked == {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md")}
+
+
+def test_the_changelog_begins_with_this_version():
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1]
+    assert f'version = "{newest}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_rooms_exist():

@@ -1,0 +1,57 @@
+"""The pins: what is imported is pinned, what is pinned is locked, and the two locks agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml"}  # where the two names differ
+PIN = re.compile(r"([\w.-]+)==([^\s;\\]+)")
+
+
+def pins(name: str) -> set[tuple[str, str]]:
+    """The packages and versions of a requirements file."""
+    found = set()
+    for line in (ROOT / name).read_text().splitlines():
+        if match := PIN.match(line):
+            package, version = match.groups()
+            found.add((re.sub(r"[-_.]+", "-", package).lower(), version))
+    return found
+
+
+def imported() -> set[str]:
+    """Top-level names of all that the modules import and that is neither ours nor Python's."""
+    names = set()
+    sources = [
+        path for folder in (".", *(p.parent.name for p in ROOT.glob("*/__init__.py")), "examples")
+        for path in (ROOT / folder).glob("*.py")
+    ]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.split(".")[0])
+    ours = {path.stem for path in sources} | {path.parent.name for path in sources}
+    return names - ours - set(sys.stdlib_module_names)
+
+
+def test_every_import_is_pinned():
+    direct = {name for name, _ in pins("requirements.txt") | pins("requirements-download.txt")}
+    assert {PACKAGE_OF.get(name, name).replace("_", "-") for name in imported()} <= direct
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-download.txt"])
+def test_what_is_asked_for_is_what_the_constraints_allow(name):
+    assert pins(name) and pins(name) <= pins("constraints.txt")
+
+
+def test_the_lock_holds_the_constraints_each_with_a_hash():
+    assert pins("requirements.lock") == pins("constraints.txt")
+    entries = re.split(r"\n(?=\w)", (ROOT / "requirements.lock").read_text())
+    unhashed = [entry for entry in entries if PIN.match(entry) and "--hash=sha256:" not in entry]
+    assert unhashed == []
