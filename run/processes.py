@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ def joined_processes() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
+    # Its functions keep the default group of the moment of their import as a default argument.
+    # Imported later (by the optimizer), they would keep the group and its threads alive past
+    # `destroy_process_group`, and a thread that outlives the interpreter aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
+
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the others
