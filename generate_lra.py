@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from data.listops import generate_listops
-from data.pathfinder import generate_pathfinder
+from data.listops import TEST, TRAIN, VAL, generate_listops
+from data.pathfinder import IMAGES, generate_pathfinder
 from data.pathfinder_scenes import DIFFICULTIES
 from data.review_pairs import generate_review_pairs
 from run.signals import exit_on_sigterm
@@ -43,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="nested list operations, 10 classes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    listops.add_argument("--train", type=int, default=96_000, help="training sequences")
-    listops.add_argument("--val", type=int, default=2_000, help="validation sequences")
-    listops.add_argument("--test", type=int, default=2_000, help="test sequences")
+    listops.add_argument("--train", type=int, default=TRAIN, help="training sequences")
+    listops.add_argument("--val", type=int, default=VAL, help="validation sequences")
+    listops.add_argument("--test", type=int, default=TEST, help="test sequences")
     listops.add_argument("--min_length", type=int, default=500, help="exclusive, in tokens")
     listops.add_argument("--max_length", type=int, default=2_000, help="exclusive, in tokens")
     listops.set_defaults(generate=generate_listops)
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="hard",
         help="contours of 6, 9 or 14 paddles",
     )
-    paths.add_argument("--images", type=int, default=200_000, help="images, labels balanced")
+    paths.add_argument("--images", type=int, default=IMAGES, help="images, labels balanced")
     paths.set_defaults(generate=generate_pathfinder)
 
     pairs = tasks.add_parser(

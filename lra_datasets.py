@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from data.inspection import AAN_COLUMNS, LAYOUTS, LISTOPS_HEADER, Layout
 from data.listops import generate_listops
-from data.packing import SPLITS, DataError, Reader, cache_dir, fingerprint, held_out_rows
+from data.packing import DataError, Reader, cache_dir, fingerprint, held_out_rows
 from data.pathfinder import generate_pathfinder
 from lra_config import Config, WordTokenizer
 from run.files import write_json
@@ -31,17 +32,20 @@ Example = tuple[tuple[np.ndarray, ...], int]
 
 
 class FileReader:
-    """What the readers share: a folder below `data_dir`, found at any of the usual depths."""
+    """What the readers share: official files, found at any of the usual depths of `data_dir`."""
 
-    parts: tuple[str, ...] = SPLITS
+    layout: Layout
 
-    def __init__(self, config: Config, *candidates: str) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.skipped = 0
-        folders = [Path(config.data_dir) / candidate for candidate in candidates]
-        self.folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        self.parts = tuple(self.layout.parts)
+        self.folder = self.layout.folder(config.data_dir)
         if config.task.tokenizer is not WordTokenizer:
             self.tokenizer = config.task.tokenizer()
+
+    def sources(self, part: str) -> list[Path]:
+        return [self.folder / name for name in self.layout.parts[part]]
 
     def key(self) -> dict[str, Any]:
         return {}
@@ -63,19 +67,10 @@ class FileReader:
         return int(text)
 
 
-def lra_release(*parts: str) -> tuple[str, str]:
-    """The two depths at which the official archive unpacks."""
-    return "/".join(("lra_release", *parts)), "/".join(("lra_release", "lra_release", *parts))
-
-
 class ListOps(FileReader):
     """`lra_release/listops-1000/basic_{train,val,test}.tsv`, columns Source and Target."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, *lra_release("listops-1000"))
-
-    def sources(self, part: str) -> list[Path]:
-        return [self.folder / f"basic_{part}.tsv"]
+    layout = LAYOUTS["listops"]
 
     def prepare(self) -> None:
         """Generate the files when none is there; some of them are a mistake."""
@@ -95,7 +90,7 @@ class ListOps(FileReader):
         limit = self.config.max_seq_len
         for where, row in tab_separated_rows(path):
             if where.endswith(" row 1"):
-                if row != ["Source", "Target"]:
+                if row != LISTOPS_HEADER.decode().split("\t"):
                     raise DataError(
                         f"{where}: expected the header Source<TAB>Target; fetch the file again"
                     )
@@ -127,26 +122,20 @@ def tab_separated_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 class Imdb(FileReader):
     """`aclImdb/{train,test}/{pos,neg}/*.txt`: bytes (`imdb_lra`) or words."""
 
-    parts = ("train", "test")
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, "aclImdb")
+    layout = LAYOUTS["imdb"]
 
     def sources(self, part: str) -> list[Path]:
         return [
-            Path(entry)
-            for label in ("neg", "pos")
-            for entry in sorted(
-                e.path for e in os.scandir(self.folder / part / label) if e.name.endswith(".txt")
-            )
+            Path(path)
+            for folder in super().sources(part)
+            for path in sorted(e.path for e in os.scandir(folder) if e.name.endswith(".txt"))
         ]
 
     def prepare(self) -> None:
         if not self.folder.is_dir() and self.config.download:
             download_imdb(self.folder)
         for part in self.parts:
-            for label in ("neg", "pos"):
-                folder = self.folder / part / label
+            for folder in super().sources(part):
                 if not folder.is_dir() or not any(folder.glob("*.txt")):
                     raise DataError(
                         f"{folder}: no reviews there; run ./get_lra_data.sh imdb, or set "
@@ -192,14 +181,7 @@ class Imdb(FileReader):
 class Cifar10(FileReader):
     """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as grey levels."""
 
-    parts = ("train", "test")
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, "cifar-10-batches-py")
-
-    def sources(self, part: str) -> list[Path]:
-        names = [f"data_batch_{i}" for i in range(1, 6)] if part == "train" else ["test_batch"]
-        return [self.folder / name for name in names]
+    layout = LAYOUTS["cifar10"]
 
     def prepare(self) -> None:
         if not self.folder.is_dir() and self.config.download:
@@ -251,13 +233,10 @@ class _PlainUnpickler(pickle.Unpickler):
 class Pathfinder32(FileReader):
     """`pathfinder32/curv_contour_length_14/{imgs,metadata}`: grey images and rows about them."""
 
-    parts = ("all",)
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, *lra_release("pathfinder32", "curv_contour_length_14"))
+    layout = LAYOUTS["pathfinder32"]
 
     def sources(self, part: str) -> list[Path]:
-        files = (self.folder / "metadata").glob("*.npy")
+        files = (path for folder in super().sources(part) for path in folder.glob("*.npy"))
         return sorted(files, key=lambda path: (len(path.name), path.name))
 
     def prepare(self) -> None:
@@ -309,11 +288,7 @@ class Pathfinder32(FileReader):
 class Aan(FileReader):
     """`tsv_data/new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts, no header."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, *lra_release("tsv_data"))
-
-    def sources(self, part: str) -> list[Path]:
-        return [self.folder / f"new_aan_pairs.{'eval' if part == 'val' else part}.tsv"]
+    layout = LAYOUTS["aan"]
 
     def prepare(self) -> None:
         for path in (path for part in self.parts for path in self.sources(part)):
@@ -329,7 +304,7 @@ class Aan(FileReader):
             for number, line in enumerate(handle, start=1):
                 where = f"{path} row {number}"
                 columns = line.rstrip(b"\r\n").split(b"\t")
-                if len(columns) != 5:
+                if len(columns) != AAN_COLUMNS:
                     raise DataError(
                         f"{where}: has {len(columns)} columns, expected label, two ids and two "
                         "texts; the file may be cut short, fetch it again"
@@ -382,7 +357,7 @@ def download_imdb(folder: Path) -> None:
     try:
         from datasets import load_dataset
 
-        for part in Imdb.parts:
+        for part in Imdb.layout.parts:
             for label in ("neg", "pos"):
                 (half_done / part / label).mkdir(parents=True)
             for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):

@@ -21,8 +21,10 @@ from data.generation import (
     results_in_order,
     whole_files,
 )
+from data.inspection import LAYOUTS
 
-LISTOPS_FOLDER = Path("lra_release", "listops-1000")
+LAYOUT = LAYOUTS["listops"]
+TRAIN, VAL, TEST = LAYOUT.expected  # sequences
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 MAX_DEPTH = 10  # depth of the root is 1; at this depth every node is a digit
 OPERATOR_PROBABILITY = 0.25
@@ -230,9 +232,9 @@ def generate_listops(
     out: str | Path,
     *,
     seed: int,
-    train: int = 96_000,
-    val: int = 2_000,
-    test: int = 2_000,
+    train: int = TRAIN,
+    val: int = VAL,
+    test: int = TEST,
     workers: int | None = None,
     min_length: int = 500,
     max_length: int = 2_000,
@@ -260,8 +262,8 @@ def generate_listops(
     check_numbers(seed, **counts, workers=workers, min_length=min_length)
     _check_lengths(**lengths)
 
-    folder = Path(out) / LISTOPS_FOLDER
-    names = {split: f"basic_{split}.tsv" for split in counts}
+    folder = Path(out, LAYOUT.folders[0])
+    names = {split: LAYOUT.parts[split][0] for split in counts}
     chunk = functools.partial(listops_chunk, seed=seed, **lengths)
     with (
         whole_files(folder, [*names.values(), "GENERATED.json"]) as (*split_files, record_file),

@@ -24,7 +24,9 @@ from data.generation import (
     results_in_order,
     whole_folder,
 )
+from data.inspection import LAYOUTS
 
+(IMAGES,) = LAYOUTS["pathfinder32"].expected
 PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")
 BATCH_IMAGES = 1_000  # images in one folder imgs/K
 CHUNK_IMAGES = 250  # drawn at once from one random stream, part of the format; divides a batch
@@ -91,7 +93,7 @@ def generate_pathfinder(
     *,
     seed: int,
     split: str = "hard",
-    images: int = 200_000,
+    images: int = IMAGES,
     workers: int | None = None,
 ) -> Path:
     """Write one split of Pathfinder at 32 x 32, labels balanced, and GENERATED.json.

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.generation import FORMAT_VERSION, check_numbers, whole_files
+from data.inspection import LAYOUTS
 
-AAN_FOLDER = Path("lra_release", "tsv_data")
+LAYOUT = LAYOUTS["aan"]
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
 COLUMN_BREAKS = bytes.maketrans(b"\t\r\n", b"   ")
 MARKUP = b"<br />"  # an author who divides one part of a review so does it in the other too
@@ -122,8 +123,8 @@ def generate_review_pairs(
         "test": drawn["test"],
     }
 
-    folder = Path(out) / AAN_FOLDER
-    names = {split: f"new_aan_pairs.{split}.tsv" for split in splits}
+    folder = Path(out, LAYOUT.folders[0])
+    names = dict(zip(splits, (name for (name,) in LAYOUT.parts.values()), strict=True))
     with whole_files(folder, [*names.values(), "GENERATED.json"]) as (*split_files, record_file):
         counts, sha256 = {}, {}
         for file, (split, chosen) in zip(split_files, splits.items(), strict=True):

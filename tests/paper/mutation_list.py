@@ -23,6 +23,7 @@ HEADS = "attention/heads.py"
 BASELINES = "attention/baselines.py"
 DROPOUT = "attention/dropout.py"
 PACKING = "data/packing.py"
+INSPECTION = "data/inspection.py"
 LISTOPS = "data/listops.py"
 PATHFINDER = "data/pathfinder_scenes.py"
 
@@ -518,8 +519,8 @@ _DATA = [
      "for text in columns[:2:-1])", "the documents change places"),
     ("aan-cut", "lra_datasets.py", "self.tokenizer.encode(text[:limit])",
      "self.tokenizer.encode(text[: 2 * limit])", "documents are cut too late"),
-    ("aan-validation", "lra_datasets.py", "{'eval' if part == 'val' else part}",
-     "{'test' if part == 'val' else part}", "models are selected on test"),
+    ("aan-validation", INSPECTION, '"val": ("new_aan_pairs.eval.tsv",)',
+     '"val": ("new_aan_pairs.test.tsv",)', "models are selected on test"),
     ("listops-header", "lra_datasets.py", 'if where.endswith(" row 1"):',
      'if where.endswith(" row 0"):', "the header is read as a row"),
     ("held-out", PACKING, "HELD_OUT = 0.1", "HELD_OUT = 0.2", "a fifth is held out"),
@@ -543,7 +544,7 @@ _DATA = [
      "np.add.reduceat(args, first) % 9", "sums are taken modulo nine"),
     ("generator-length", LISTOPS, "(min_length < lengths) & (lengths < max_length)",
      "(min_length <= lengths) & (lengths < max_length)", "the shortest length is let in"),
-    ("generator-splits", LISTOPS, "val: int = 2_000,", "val: int = 200,",
+    ("generator-splits", INSPECTION, "(96_000, 2_000, 2_000)", "(96_000, 200, 2_000)",
      "the validation split is a tenth"),
     ("paths-distractors", PATHFINDER, "return self.contour_length // 3",
      "return self.contour_length // 2", "distractors are too long"),
