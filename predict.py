@@ -20,6 +20,7 @@ from run.checkpoint import CheckpointError
 from run.processes import current_processes
 from train import evaluate
 from training.acceleration import resolve_device
+from training.slices import Slices
 
 
 def load_trained(
@@ -63,7 +64,7 @@ def load_trained(
 
 
 def evaluate_splits(model: RMAAT) -> dict[str, Any]:
-    """Loss (nats), accuracy (fraction) and number of examples of the two held-out splits.
+    """Loss (nats), accuracy (fraction, by slice too) and number of examples of the held-out splits.
 
     Raises:
         DataError: the data are missing or damaged.
@@ -80,8 +81,10 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in ("val", "test"):
         batches = evaluation_batches(splits[name], config, device, processes)
-        metrics = evaluate(model, batches, processes)
+        slices = Slices(config, device)
+        metrics = evaluate(model, batches, processes, slices)
         result |= {f"{name}_{key}": value for key, value in metrics._asdict().items()}
+        result[f"{name}_slices"] = slices.shares(processes)
     return result
 
 

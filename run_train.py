@@ -144,6 +144,7 @@ def print_training(configs: list, varied: list[str], *, resume: bool) -> None:
 
 def print_evaluation(model: RMAAT) -> None:
     from predict import evaluate_splits
+    from training.slices import slices_text
 
     result = evaluate_splits(model)
     for split in ("val", "test"):
@@ -152,6 +153,7 @@ def print_evaluation(model: RMAAT) -> None:
             f"{split}_acc {result[f'{split}_accuracy']:.4f}  "
             f"({result[f'{split}_examples']:,} examples)"
         )
+    log_line(slices_text(result["test_slices"]))
     log_line(json.dumps(result))
 
 

@@ -45,6 +45,7 @@ from training.acceleration import (
 )
 from training.diagnostics import inspect_model
 from training.optimizer import build_optimizer, learning_rate_factor
+from training.slices import Slices
 from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
 
 __all__ = [
@@ -153,11 +154,17 @@ class Metrics(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: RMAAT, batches: Iterable[Batch], processes: Processes = ALONE) -> Metrics:
+def evaluate(
+    model: RMAAT,
+    batches: Iterable[Batch],
+    processes: Processes = ALONE,
+    slices: Slices | None = None,
+) -> Metrics:
     """Loss and accuracy over all examples of `batches`, without dropout.
 
     Args:
         processes: those over which the examples are spread.
+        slices: counts the correct answers of this process as well.
     """
     training = model.training
     model.eval()
@@ -166,8 +173,11 @@ def evaluate(model: RMAAT, batches: Iterable[Batch], processes: Processes = ALON
     for batch in batches:
         logits = model(batch.tokens, batch.mask)
         totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
-        totals[1] += (logits.argmax(dim=-1) == batch.labels).sum()
+        correct = logits.argmax(dim=-1) == batch.labels
+        totals[1] += correct.sum()
         totals[2] += len(batch.labels)
+        if slices is not None:
+            slices.add(batch, correct)
     model.train(training)
     loss, correct, examples = processes.sum(totals).tolist()
     return Metrics(loss / examples, correct / examples, int(examples))
@@ -431,7 +441,8 @@ class Trainer:
             self.validate()
         best = checkpoint.load(self.folder / "best.pt", self.device)
         self.model.load_state_dict(best["model"])
-        metrics = self._evaluate("test")
+        slices = Slices(config, self.device)
+        metrics = self._evaluate("test", slices)
         summary = Summary(
             dataset=config.dataset,
             test_accuracy=metrics.accuracy,
@@ -453,6 +464,7 @@ class Trainer:
             skipped=self.reader.skipped,
             command=" ".join(sys.argv),
             versions=self.versions,
+            test_slices=slices.shares(self.processes),
         )
         if self.log is not None:
             checkpoint.export(self.model.state(), self.folder)
@@ -468,12 +480,12 @@ class Trainer:
         elapsed, self._lap_start = now - self._lap_start, now
         return elapsed
 
-    def _evaluate(self, split: str) -> Metrics:
+    def _evaluate(self, split: str, slices: Slices | None = None) -> Metrics:
         batches = evaluation_batches(
             self.splits[split], self.config, self.device, self.processes,
             whole_segments=self.compiled,
         )
-        return evaluate(self.model, batches, self.processes)
+        return evaluate(self.model, batches, self.processes, slices)
 
 
 def train(config: Config, resume: bool = False) -> Summary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Summary:
     skipped: int  # examples whose file is empty
     command: str
     versions: dict[str, str]  # when the run was started or resumed
+    # Of the test split, `training.slices.Slices.shares`; runs of older versions have none.
+    test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections import defaultdict
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -319,6 +320,37 @@ def test_predictions_are_those_of_the_evaluation_in_the_order_of_the_input(train
     assert again.returncode == 0, again.stderr
     for line, p in zip(again.stdout.splitlines(), reversed(predictions), strict=True):
         assert json.loads(line)["probabilities"] == pytest.approx(p["probabilities"], abs=1e-5)
+
+
+def test_slices_of_the_summary_are_shares_of_the_predictions(trained, listops_dir):
+    rows = listops_rows(listops_dir, "test")
+    result = run_cli(
+        "--checkpoint", "runs/run/best.pt", "--predict", "-", cwd=trained,
+        stdin="".join(f"{source}\n" for source, _ in rows),
+    )
+    found = [json.loads(line)["class"] for line in result.stdout.splitlines()]
+    expected = defaultdict(lambda: defaultdict(list))
+    for (source, target), answer in zip(rows, found, strict=True):
+        words = source.replace("(", "").replace(")", "").split()
+        depth, depths = 0, []
+        for word in words:
+            depth -= word == "]"
+            depths.append(depth)
+            depth += word.startswith("[")
+        quarter = next(end for end in (10, 20, 30, 40) if len(words) <= end)
+        for kind, group in (
+            ("label", str(target)), ("length", f"{quarter - 9} to {quarter}"),
+            ("root", words[0][1:]), ("depth", str(round(statistics.mean(depths)))),
+        ):
+            expected[kind][group].append(answer == target)
+    summary = json.loads((trained / "runs/run/summary.json").read_text())
+    assert summary["test_slices"] == {
+        kind: {
+            group: {"accuracy": pytest.approx(statistics.mean(right)), "examples": len(right)}
+            for group, right in groups.items()
+        }
+        for kind, groups in expected.items()
+    }
 
 
 @pytest.mark.parametrize(("line", "words"), [
