@@ -241,6 +241,8 @@ class Config(BaseModel):
     max_steps: Size = 5_000
     # End earlier on the same schedule; in the outcome `last_step` stands for it.
     stop_after_steps: Manner[Size | None] = None
+    # Of a command: save a checkpoint then and leave, for --resume to go on; null: no limit.
+    max_minutes: Place[Positive | None] = None
     learning_rate: Positive = 1e-3
     warmup_steps: Count = 200
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from run.log import RunLog
 from run.processes import ALONE, Processes, current_processes
 from run.signals import caught_signals
 from run.state import (
+    OUT_OF_TIME,
     Interrupted,
     NonFiniteError,
     Progress,
@@ -34,6 +34,7 @@ from run.state import (
     claim_folder,
     finished,
     load_state,
+    time_limit,
 )
 from run.terminal import log_line
 from training.acceleration import (
@@ -186,8 +187,9 @@ def evaluate(
 class Trainer:
     """One run in its folder: model, optimizer, data and progress, from step to step."""
 
-    def __init__(self, config: Config, *, resume: bool) -> None:
+    def __init__(self, config: Config, *, resume: bool, stop_at: float) -> None:
         self.config = config
+        self.stop_at = stop_at
         self.processes = current_processes()
         if config.readout_norm == "batch" and self.processes.world_size > 1:
             raise ConfigError(
@@ -264,7 +266,8 @@ class Trainer:
         self._lap()
         with bar, caught_signals() as received:
             while progress.step < config.last_step:
-                interrupted = self.train_step(interrupted=bool(received))
+                leave = self._leaving_status(received)
+                interrupted = self.train_step(interrupted=bool(leave))
                 progress.unlogged_seconds += self._lap()
                 bar.update()
 
@@ -275,18 +278,23 @@ class Trainer:
                     self.validate()
                 if step % config.checkpoint_interval == 0 or done or interrupted:
                     self.save()
-                if interrupted:
-                    self.processes.barrier()  # until the checkpoint is whole
-                    raise Interrupted(received[0] if received else signal.SIGTERM, step)
+                if interrupted:  # they all leave, for one reason, once the checkpoint is whole
+                    raise Interrupted(self.processes.largest(leave), step)
         return self.finish()
+
+    def _leaving_status(self, signals: Sequence[int]) -> int:
+        """The exit status to leave with after this step; 0 to go on."""
+        if signals:
+            return 128 + signals[0]
+        return OUT_OF_TIME if time.monotonic() >= self.stop_at else 0
 
     def train_step(self, *, interrupted: bool = False) -> bool:
         """One optimizer step over the upcoming batches.
 
         Args:
-            interrupted: a signal has arrived in this process.
+            interrupted: this process is to leave.
         Returns:
-            Whether one has arrived in any.
+            Whether any is.
         Raises:
             NonFiniteError: the loss or the gradient is not finite, and `on_nonfinite` is stop.
         """
@@ -488,20 +496,23 @@ class Trainer:
         return evaluate(self.model, batches, self.processes, slices)
 
 
-def train(config: Config, resume: bool = False) -> Summary:
+def train(config: Config, resume: bool = False, stop_at: float | None = None) -> Summary:
     """Train one run to its end and test it, in all processes that `torchrun` started.
 
     Args:
         config: the run; its folder is `config.run_dir`.
         resume: go on from the folder's `last.pt`, anew if there is none; a finished run is not
             repeated.
+        stop_at: the `time.monotonic()` at which to leave with a checkpoint; None: `max_minutes`
+            from now.
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint is another configuration's.
         DataError: the data are missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
         NonFiniteError: the loss or a gradient is not finite.
-        Interrupted: a signal arrived; a checkpoint was saved.
+        Interrupted: a signal arrived, or time is up; a checkpoint was saved.
     """
     if resume and (summary := finished(config)) is not None:
         return summary
-    return Trainer(config, resume=resume).run()
+    stop_at = time_limit(config) if stop_at is None else stop_at
+    return Trainer(config, resume=resume, stop_at=stop_at).run()

@@ -44,6 +44,13 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def largest(self, value: int) -> int:
+        """The largest `value` of all processes."""
+        values = torch.tensor(value)
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

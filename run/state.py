@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,24 @@ from run.terminal import log_line
 STATE_KEYS = {"model", "optimizer", "scaler", "processes", "progress", "running", "config"}
 
 
-class Interrupted(UserError):
-    """SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved."""
+OUT_OF_TIME = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 
-    def __init__(self, signal_number: int, step: int) -> None:
-        name = signal.Signals(signal_number).name
-        super().__init__(f"{name} at step {step}; checkpoint saved; go on with --resume")
-        self.exit_status = 128 + signal_number
+
+class Interrupted(UserError):
+    """SIGINT or SIGTERM arrived, or time is up; the step was finished and a checkpoint saved."""
+
+    def __init__(self, exit_status: int, step: int) -> None:
+        """Of a signal the exit status is 128 + its number, of `max_minutes` `OUT_OF_TIME`."""
+        reason = "max_minutes are over"
+        if exit_status != OUT_OF_TIME:
+            reason = signal.Signals(exit_status - 128).name
+        super().__init__(f"{reason} at step {step}; checkpoint saved; go on with --resume")
+        self.exit_status = exit_status
+
+
+def time_limit(config: Config) -> float:
+    """The `time.monotonic()` at which `max_minutes` from now are over, in seconds."""
+    return time.monotonic() + 60 * (config.max_minutes or math.inf)
 
 
 class NonFiniteError(UserError, ArithmeticError):
