@@ -1,6 +1,6 @@
 """Train RMAAT from a YAML file, evaluate a checkpoint, or predict with it.
 
-    python run_train.py --config FILE [key=value ...] [--resume]
+    python run_train.py --config FILE [key=value ...] [--resume] [--jobs K]
     python run_train.py --checkpoint FILE --eval_only
     python run_train.py --checkpoint FILE --predict INPUT
 """
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.grid import load_runs
-from lra_config import ConfigError, UserError, load_config, single_values
+from experiments.grid import load_runs, single_run_arguments
+from lra_config import Config, ConfigError, UserError, load_config, single_values
 from run.signals import exit_on_sigterm
 from run.terminal import is_first_process, log_line
 
@@ -35,6 +35,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true",
         help="go on from the run's last.pt, or start where there is none",
+    )
+    parser.add_argument(
+        "--jobs", metavar="K", type=int, default=1,
+        help="runs of a sweep that train side by side, on the CUDA devices or else the cores",
     )
     parser.add_argument(
         "--eval_only", action="store_true", help="validation and test accuracy of a checkpoint"
@@ -105,8 +109,12 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
         )
     if not arguments.config:
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs}: at least one run has to train; give 1 or more")
+    if arguments.jobs > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("--jobs starts processes of its own; start it without torchrun")
     configs, varied = load_runs(arguments.config, arguments.overrides)
-    return lambda: print_training(configs, varied, resume=arguments.resume)
+    return lambda: print_training(configs, varied, arguments)
 
 
 def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
@@ -127,14 +135,21 @@ def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
     return load
 
 
-def print_training(configs: list, varied: list[str], *, resume: bool) -> None:
+def print_training(
+    configs: list[Config], varied: list[str], arguments: argparse.Namespace
+) -> None:
     from experiments.sweep import run_sweep, sweep_table
     from train import train
 
     if len(configs) > 1:
-        log_line(sweep_table(configs, run_sweep(configs, resume=resume), varied))
+        commands = [
+            single_run_arguments(arguments.config, arguments.overrides, config, varied)
+            for config in configs
+        ]
+        summaries = run_sweep(configs, commands, resume=arguments.resume, jobs=arguments.jobs)
+        log_line(sweep_table(configs, summaries, varied))
         return
-    summary = train(configs[0], resume=resume)
+    summary = train(configs[0], resume=arguments.resume)
     log_line(
         f"test_acc {summary.test_accuracy:.4f}  best_val_acc {summary.best_val_accuracy:.4f} "
         f"(step {summary.best_step})  steps {summary.steps}  seconds {summary.seconds:.0f}  "

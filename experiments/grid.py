@@ -56,6 +56,16 @@ def load_runs(path: str | Path, overrides: Sequence[str]) -> tuple[list[Config],
     return configs, varied
 
 
+def single_run_arguments(
+    path: str | Path, overrides: Sequence[str], config: Config, varied: Sequence[str]
+) -> list[str]:
+    """The command line of one run of `load_runs(path, overrides)`, on its own."""
+    shared = [text for text in overrides if text.partition("=")[0] not in varied]
+    # JSON: quotes keep a text from being read as a number, or as several values.
+    own = {key: getattr(config, key) for key in (*varied, "run_name", "wandb_run_name")}
+    return ["--config", str(path), *shared, *(f"{k}={json.dumps(v)}" for k, v in own.items())]
+
+
 def value_text(value: Any) -> str:
     """A value as one would type it behind `key=`."""
     return value if isinstance(value, str) else json.dumps(value)
