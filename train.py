@@ -187,9 +187,9 @@ def evaluate(
 class Trainer:
     """One run in its folder: model, optimizer, data and progress, from step to step."""
 
-    def __init__(self, config: Config, *, resume: bool, stop_at: float) -> None:
+    def __init__(self, config: Config, *, resume: bool, stop_at: float | None = None) -> None:
         self.config = config
-        self.stop_at = stop_at
+        self.stop_at = time_limit(config) if stop_at is None else stop_at
         self.processes = current_processes()
         if config.readout_norm == "batch" and self.processes.world_size > 1:
             raise ConfigError(
@@ -514,5 +514,4 @@ def train(config: Config, resume: bool = False, stop_at: float | None = None) ->
     """
     if resume and (summary := finished(config)) is not None:
         return summary
-    stop_at = time_limit(config) if stop_at is None else stop_at
     return Trainer(config, resume=resume, stop_at=stop_at).run()
