@@ -10,25 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from data.listops import TEST, TRAIN, VAL, generate_listops
 from data.pathfinder import IMAGES, generate_pathfinder
 from data.pathfinder_scenes import DIFFICULTIES
 from data.review_pairs import generate_review_pairs
-from run.signals import exit_on_sigterm
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+from run.program import Parser, run_program
+from run.signals import end_by_exception
+from run.terminal import log_line
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each task is a sub-command whose `generate` takes the other arguments."""
-    parser = OneLineParser(prog="generate_lra.py", description="Generate Long Range Arena data.")
+    parser = Parser(prog="generate_lra.py", description="Generate Long Range Arena data.")
     tasks = parser.add_subparsers(dest="task", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
@@ -77,21 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 (user's mistake) or 130 (Ctrl-C)."""
-    parser = build_parser()
-    options = vars(parser.parse_args(argv))
-    task, generate = options.pop("task"), options.pop("generate")
-    exit_on_sigterm()
-    try:
-        folder = generate(**options)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog} {task}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog} {task}: interrupted, nothing written", file=sys.stderr)
-        return 130
-    print(f"wrote {folder}")
-    return 0
+    """Run the command line and return its exit status: 0, 2 (user's mistake), 130 or 143."""
+    def command() -> None:
+        options = vars(build_parser().parse_args(argv))
+        del options["task"]
+        generate = options.pop("generate")
+        end_by_exception()
+        log_line(f"wrote {generate(**options)}")
+
+    return run_program("generate_lra.py", command)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,20 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from run.text import one_line
+
 PADDING_ID = 0
 VOCABULARY_WORDS = 20_000  # of the word level
+
 
 class UserError(Exception):
     """What a user can mend, told in one line: it ends a program in the place of a traceback."""
 
     exit_status = 2
     met_by_all = True  # of several processes each meets it alike: the first one tells
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(UserError, ValueError):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from lra_config import UserError
 from run.files import atomic_write
 from run.log import read_metrics
+from run.program import Parser, run_program
+
+
+class PlotError(UserError, ValueError):
+    """A run that cannot be drawn, or a picture that cannot be written, told in one line."""
 
 
 def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
@@ -20,7 +25,7 @@ def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
             its training loss alone.
         path: the picture, whole or not at all; its suffix chooses the format.
     Raises:
-        ValueError: a run has not logged anything yet, or the suffix is no format.
+        PlotError: a run has not logged anything yet, or the suffix is no format.
     """
     import matplotlib
 
@@ -33,7 +38,7 @@ def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
     for label, folder in runs.items():
         rows = read_metrics(folder)
         if not rows:
-            raise ValueError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
+            raise PlotError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
         for axes, key, scale, marker in curves:
             points = [(row["step"], scale * row[key]) for row in rows if key in row]
             steps, values = zip(*points, strict=True) if points else ((), ())
@@ -44,14 +49,18 @@ def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
         axes.grid(alpha=0.3)
     accuracy_axes.legend(loc="lower right", fontsize="small")
     if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"{path}: its suffix names no picture format; use .png, .pdf or .svg")
+        raise PlotError(f"{path}: its suffix names no picture format; use .png, .pdf or .svg")
     with atomic_write(path) as handle:
         figure.savefig(handle, dpi=120, format=path.suffix[1:])
     plt.close(figure)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    return run_program("plots.py", command)
+
+
+def command() -> None:
+    parser = Parser(prog="plots.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with a metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
@@ -61,15 +70,7 @@ def main() -> int:
         folder.name if names[folder.name] == 1 else str(folder): folder
         for folder in arguments.runs
     }
-    try:
-        plot_curves(runs, arguments.out)
-    except ValueError as error:
-        print(f"plots.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"plots.py: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+    plot_curves(runs, arguments.out)
 
 
 if __name__ == "__main__":

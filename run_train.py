@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -16,20 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.grid import load_runs, single_run_arguments
-from lra_config import Config, ConfigError, UserError, load_config, single_values
-from run.signals import exit_on_sigterm
-from run.terminal import is_first_process, log_line
+from run.signals import end_at_once, end_by_exception
 
-# torch takes a second to load. What it is needed for is imported once the command line and the
-# configuration have been found right, so that a mistake is answered at once.
+# What takes time to load is imported where it is needed: torch, a second, once the command line and
+# the configuration have been found right, the rest once a signal ends the program with one line.
 if TYPE_CHECKING:
+    from lra_config import Config
     from model import RMAAT
+
+NAME = "run_train.py"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    from run.program import Parser
+
+    parser = Parser(
+        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file, as in configs/; a checkpoint brings its own")
     parser.add_argument(
@@ -58,33 +61,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    exit_on_sigterm()
-    try:
-        carry_out = checked_command(arguments)
-        from run.processes import joined_processes
-        from training.acceleration import told_out_of_memory
+    end_at_once(NAME)
+    from run.program import run_program
 
-        with told_out_of_memory(), joined_processes():
-            carry_out()
-    except UserError as error:
-        return fail(error, error.exit_status, by_all=error.met_by_all)
-    except BrokenPipeError:  # the reader of the predictions has had enough
-        sys.stdout = open(os.devnull, "w")
-        return 0
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
-        return fail(reason, 2, by_all=False)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    return 0
+    return run_program(NAME, command)
 
 
-def fail(reason: object, exit_status: int, *, by_all: bool = True) -> int:
-    """Say why, once: of several processes that all fail alike (`by_all`) the first one speaks."""
-    if is_first_process() or not by_all:
-        print(f"run_train.py: {reason}", file=sys.stderr)
-    return exit_status
+def command() -> None:
+    carry_out = checked_command(parse_arguments())
+    for library in ("predict", "experiments.sweep"):  # with torch, which they need
+        importlib.import_module(library)
+    from run.processes import joined_processes
+    from training.acceleration import told_out_of_memory
+
+    end_by_exception()
+    with told_out_of_memory(), joined_processes():
+        carry_out()
 
 
 def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -92,12 +84,21 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
 
     Raises:
         ConfigError: they contradict each other, or the configuration is wrong.
+        EnvironmentMistake: the environment is none that a launcher leaves.
     """
-    if arguments.eval_only and arguments.predict:
+    from experiments.grid import load_runs
+    from lra_config import ConfigError
+    from run.environment import launched_processes
+
+    several = launched_processes().world_size > 1
+    predicts = arguments.predict is not None
+    if arguments.eval_only and predicts:
         raise ConfigError("--eval_only and --predict exclude each other; give one of them")
-    if arguments.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if predicts and not arguments.predict:
+        raise ConfigError("--predict names no file; name one, or - for standard input")
+    if predicts and several:
         raise ConfigError("--predict works in one process; start it without torchrun")
-    if arguments.eval_only or arguments.predict:
+    if arguments.eval_only or predicts:
         load_model = checked_model(arguments)
         if arguments.eval_only:
             return lambda: print_evaluation(load_model())
@@ -111,7 +112,7 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs}: at least one run has to train; give 1 or more")
-    if arguments.jobs > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if arguments.jobs > 1 and several:
         raise ConfigError("--jobs starts processes of its own; start it without torchrun")
     configs, varied = load_runs(arguments.config, arguments.overrides)
     return lambda: print_training(configs, varied, arguments)
@@ -119,6 +120,8 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
 
 def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
     """The loading of the trained model that the arguments name."""
+    from lra_config import ConfigError, load_config, single_values
+
     config, overrides = None, {}
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
@@ -138,7 +141,9 @@ def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
 def print_training(
     configs: list[Config], varied: list[str], arguments: argparse.Namespace
 ) -> None:
+    from experiments.grid import single_run_arguments
     from experiments.sweep import run_sweep, sweep_table
+    from run.terminal import log_line
     from train import train
 
     if len(configs) > 1:
@@ -159,34 +164,42 @@ def print_training(
 
 def print_evaluation(model: RMAAT) -> None:
     from predict import evaluate_splits
+    from run.terminal import is_first_process, print_result
     from training.slices import slices_text
 
     result = evaluate_splits(model)
+    if not is_first_process():
+        return
     for split in ("val", "test"):
-        log_line(
+        print_result(
             f"{split}_loss {result[f'{split}_loss']:.4f}  "
             f"{split}_acc {result[f'{split}_accuracy']:.4f}  "
             f"({result[f'{split}_examples']:,} examples)"
         )
-    log_line(slices_text(result["test_slices"]))
-    log_line(json.dumps(result))
+    print_result(slices_text(result["test_slices"]))
+    print_result(json.dumps(result))
 
 
 def print_predictions(model: RMAAT, source: str) -> None:
     from predict import predict
+    from run.files import named_os_errors
+    from run.terminal import OutputLost, print_result
 
+    name = "standard input" if source == "-" else source
     with contextlib.ExitStack() as stack:
-        if source == "-":
-            lines, name = sys.stdin.buffer, "standard input"
-        else:
-            lines, name = stack.enter_context(open(source, "rb")), source
-        for prediction in predict(model, lines, name):
-            print(json.dumps(prediction))
+        stack.enter_context(named_os_errors(name))
+        lines = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
+        try:
+            for prediction in predict(model, lines, name):
+                print_result(json.dumps(prediction))
+        except OutputLost as lost:
+            if not lost.reader_gone:  # it has had enough
+                raise
 
 
 if __name__ == "__main__":
     status = main()
-    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if status and os.environ.get("WORLD_SIZE", "1") != "1":
         # Without the clean-up that waits for the other processes: torchrun ends them.
         sys.stderr.flush()
         os._exit(status)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from run.state import (
     Progress,
     Summary,
     claim_folder,
+    claimed,
     finished,
     load_state,
     time_limit,
@@ -199,6 +201,7 @@ class Trainer:
         self.device = resolve_device(config)
         self.folder = config.run_dir
         self.progress = Progress()
+        self.signals: list[int] = []  # that arrived during `run`
         self.versions = versions()  # now: the working tree may change while the run goes on
         reset_peak_memory(self.device)
         state = self.processes.first_alone(lambda: self._claim_folder(resume))
@@ -264,28 +267,36 @@ class Trainer:
         )
         self.model.train()
         self._lap()
-        with bar, caught_signals() as received:
-            while progress.step < config.last_step:
-                leave = self._leaving_status(received)
-                interrupted = self.train_step(interrupted=bool(leave))
-                progress.unlogged_seconds += self._lap()
-                bar.update()
+        with bar, caught_signals() as self.signals:
+            while progress.step < config.last_step or progress.validation_due:
+                interrupted = False
+                if not progress.validation_due:  # as a signal during a validation leaves it
+                    interrupted = self.train_step(interrupted=bool(self._leaving_status()))
+                    progress.unlogged_seconds += self._lap()
+                    bar.update()
+                    step, done = progress.step, progress.step == config.last_step
+                    if step % config.log_interval == 0 or done:
+                        bar.set_postfix(self.log_training())
+                    progress.validation_due = step % config.eval_interval == 0 or done
 
                 step, done = progress.step, progress.step == config.last_step
-                if step % config.log_interval == 0 or done:
-                    bar.set_postfix(self.log_training())
-                if step % config.eval_interval == 0 or done:
-                    self.validate()
+                if progress.validation_due and not interrupted:
+                    interrupted = not self.validate()
                 if step % config.checkpoint_interval == 0 or done or interrupted:
                     self.save()
                 if interrupted:  # they all leave, for one reason, once the checkpoint is whole
-                    raise Interrupted(self.processes.largest(leave), step)
-        return self.finish()
+                    raise Interrupted(self.processes.largest(self._leaving_status()), step)
+            summary = self.finish()
+            if summary is None:
+                raise Interrupted(self.processes.largest(self._leaving_status()), progress.step)
+            if self.signals:  # too late for this run, not for what comes after it
+                raise Interrupted(self._leaving_status(), progress.step)
+        return summary
 
-    def _leaving_status(self, signals: Sequence[int]) -> int:
-        """The exit status to leave with after this step; 0 to go on."""
-        if signals:
-            return 128 + signals[0]
+    def _leaving_status(self) -> int:
+        """The exit status to leave with after this step or batch; 0 to go on."""
+        if self.signals:
+            return 128 + self.signals[0]
         return OUT_OF_TIME if time.monotonic() >= self.stop_at else 0
 
     def train_step(self, *, interrupted: bool = False) -> bool:
@@ -400,10 +411,17 @@ class Trainer:
             return {}
         return {"gradient_norm": self.gradient_norm, **inspect_model(self.model, self.upcoming[0])}
 
-    def validate(self) -> None:
-        """Evaluate on the validation split and keep the weights if they are the best so far."""
+    def validate(self) -> bool:
+        """Evaluate on the validation split and keep the weights if they are the best so far.
+
+        Returns:
+            Whether it came to its end, before any signal.
+        """
         progress = self.progress
         metrics = self._evaluate("val")
+        if metrics is None:
+            return False
+        progress.validation_due = False
         if metrics.accuracy > progress.best_val_accuracy:
             progress.best_val_accuracy, progress.best_step = metrics.accuracy, progress.step
             if self.is_writer:
@@ -418,6 +436,7 @@ class Trainer:
         log_line(
             f"step {progress.step}: val_loss {metrics.loss:.4f}  val_acc {metrics.accuracy:.4f}"
         )
+        return True
 
     def save(self) -> None:
         """Write `last.pt`.
@@ -441,16 +460,23 @@ class Trainer:
              "progress": dataclasses.asdict(self.progress), "running": self.running},
         )
 
-    def finish(self) -> Summary:
-        """Test with the best weights; write `summary.json`, the weights and the curves."""
+    def finish(self) -> Summary | None:
+        """Test with the best weights; write `summary.json`, the weights and the curves.
+
+        Returns:
+            The summary; None if a signal came before the end of an evaluation.
+        """
         config, progress = self.config, self.progress
         self.processes.barrier()  # until the best weights are written
         if not (self.folder / "best.pt").exists():  # ended earlier than the checkpoint it is from
-            self.validate()
+            if not self.validate():
+                return None
         best = checkpoint.load(self.folder / "best.pt", self.device)
         self.model.load_state_dict(best["model"])
         slices = Slices(config, self.device)
         metrics = self._evaluate("test", slices)
+        if metrics is None:
+            return None
         summary = Summary(
             dataset=config.dataset,
             test_accuracy=metrics.accuracy,
@@ -488,12 +514,21 @@ class Trainer:
         elapsed, self._lap_start = now - self._lap_start, now
         return elapsed
 
-    def _evaluate(self, split: str, slices: Slices | None = None) -> Metrics:
+    def _evaluate(self, split: str, slices: Slices | None = None) -> Metrics | None:
+        """The metrics of a split; None if a signal came before the end, to any process."""
         batches = evaluation_batches(
             self.splits[split], self.config, self.device, self.processes,
             whole_segments=self.compiled,
         )
-        return evaluate(self.model, batches, self.processes, slices)
+        metrics = evaluate(self.model, self._until_signal(batches), self.processes, slices)
+        return None if self.processes.largest(len(self.signals)) else metrics
+
+    def _until_signal(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        # Not until `max_minutes` are over: one that takes longer would never come to its end.
+        for batch in batches:
+            yield batch
+            if self.signals:
+                return
 
 
 def train(config: Config, resume: bool = False, stop_at: float | None = None) -> Summary:
@@ -507,6 +542,7 @@ def train(config: Config, resume: bool = False, stop_at: float | None = None) ->
             from now.
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint is another configuration's.
+        Held: another process trains in the folder.
         DataError: the data are missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
         NonFiniteError: the loss or a gradient is not finite.
@@ -514,4 +550,9 @@ def train(config: Config, resume: bool = False, stop_at: float | None = None) ->
     """
     if resume and (summary := finished(config)) is not None:
         return summary
-    return Trainer(config, resume=resume, stop_at=stop_at).run()
+    processes = current_processes()
+    with contextlib.ExitStack() as held:
+        processes.first_alone(
+            lambda: held.enter_context(claimed(config.run_dir)) if processes.is_first else None
+        )
+        return Trainer(config, resume=resume, stop_at=stop_at).run()

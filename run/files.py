@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -47,3 +48,11 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with atomic_write(path, "w") as handle:
         handle.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lra_config import UserError
+from run.environment import launched_processes
 
 Result = TypeVar("Result")
 
@@ -109,12 +109,13 @@ def current_processes() -> Processes:
 @contextlib.contextmanager
 def joined_processes() -> Iterator[None]:
     """Join the processes that `torchrun` started: NCCL for CUDA tensors, gloo for the CPU's."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    launched = launched_processes()
+    if launched.world_size == 1:
         yield
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     # Its functions keep the default group of the moment of their import as a default argument.
     # Imported later (by the optimizer), they would keep the group and its threads alive past

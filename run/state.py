@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lra_config import Config, ConfigError, UserError, dump_config, load_config, make_config
 from run import checkpoint
-from run.files import atomic_write
+from run.files import atomic_write, remove
+from run.locks import locked
 from run.processes import current_processes
 from run.terminal import log_line
 
@@ -84,6 +87,29 @@ class Progress:
     # Since the last line of the log
     unlogged_seconds: float = 0.0
     unlogged_examples: int = 0
+    validation_due: bool = False  # of this step; a signal came before its end
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to this process while the body runs, without what killed ones left.
+
+    It is made if missing, and removed again where nothing was written.
+
+    Raises:
+        Held: another process is at work in it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / "run.lock", "trains there", ", or set another run_name"):
+            for stale in folder.glob("*.part"):
+                remove(stale)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
 def check_unclaimed(config: Config) -> None:

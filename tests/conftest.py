@@ -70,7 +70,7 @@ def called(
     """`function` as the program of a command line, in this process, from the folder `cwd`."""
     arguments = tuple(map(str, arguments))
     output, errors, status = io.StringIO(), io.StringIO(), 0
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
@@ -83,7 +83,8 @@ def called(
         except SystemExit as leave:
             status = leave.code
         finally:
-            signal.signal(signal.SIGTERM, on_sigterm)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     result = subprocess.CompletedProcess(
         arguments, status or 0, output.getvalue(), errors.getvalue()
     )

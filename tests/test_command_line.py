@@ -24,6 +24,7 @@ from conftest import (
     ROOT,
     TINY,
     assert_refused,
+    called,
     finished,
     run_cli,
     run_script,
@@ -493,15 +494,12 @@ def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
     assert len(load_splits(open_dataset(config))["train"]) == 300
 
 
-def test_a_gpu_without_memory_left_ends_the_run_with_one_line(monkeypatch, capsys):
+def test_a_gpu_without_memory_left_ends_the_run_with_one_line(tmp_path, monkeypatch):
     def exhaust():
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
         )
 
     monkeypatch.setattr(run_train, "checked_command", lambda _: exhaust)
-    monkeypatch.setattr(run_train, "exit_on_sigterm", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["run_train.py"])
-    assert run_train.main() == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "Tried to allocate 2.00 GiB. lower batch_size" in line
+    result = called(run_train.main, cwd=tmp_path)
+    assert_refused(result, "Tried to allocate 2.00 GiB. lower batch_size")

@@ -6,7 +6,6 @@ Every `auto` of the configuration is resolved here; what cannot work falls back 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from dataloader import Batch
 from lra_config import Config, ConfigError, UserError
 from model import RMAAT, autocast_dtype
+from run.environment import launched_processes
 from run.terminal import log_line
 from utils import first_line
 
@@ -42,7 +42,7 @@ def resolve_device(config: Config) -> torch.device:
         # A saturated sigmoid leaves gradients of such numbers; AT then took twice the time.
         torch.set_flush_denormal(True)
         return torch.device("cpu")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = launched_processes().local_world_size
     if processes > present:
         raise ConfigError(
             f"{processes} processes share {present} CUDA devices; start as many as there are "

@@ -1,0 +1,52 @@
+"""The frame of a command: whatever its user can mend ends it with one line and a status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from lra_config import UserError
+from run.signals import Terminated
+from run.terminal import is_first_process, open_standard_streams
+from run.text import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(f"{self.prog}: {message}; see --help") + "\n")
+
+
+def run_program(name: str, body: Callable[[], None]) -> int:
+    """Carry out a command and return its exit status.
+
+    0 done; 2, or what the error says, for what its user can mend, with one line on standard error;
+    130 and 143 after SIGINT and SIGTERM.
+    """
+    open_standard_streams()
+    try:
+        body()
+    except UserError as error:
+        return fail(name, error, error.exit_status, by_all=error.met_by_all)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
+        return fail(name, reason, 2, by_all=False)
+    except KeyboardInterrupt:
+        return fail(name, "interrupted", 130)
+    except Terminated:
+        return fail(name, "terminated", 143)
+    return 0
+
+
+def fail(name: str, reason: object, exit_status: int, *, by_all: bool = True) -> int:
+    """Say why, once: of several processes that all fail alike (`by_all`) the first one speaks."""
+    try:
+        speaks = is_first_process() or not by_all
+    except UserError:  # of the environment, which is the reason then
+        speaks = True
+    if speaks:
+        print(one_line(f"{name}: {reason}"), file=sys.stderr)
+    return exit_status
