@@ -15,6 +15,7 @@ from data.listops import TEST, TRAIN, VAL, generate_listops
 from data.pathfinder import IMAGES, generate_pathfinder
 from data.pathfinder_scenes import DIFFICULTIES
 from data.review_pairs import generate_review_pairs
+from lra_config import UserError
 from run.program import Parser, run_program
 from run.signals import end_by_exception
 from run.terminal import log_line
@@ -77,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         del options["task"]
         generate = options.pop("generate")
         end_by_exception()
-        log_line(f"wrote {generate(**options)}")
+        try:
+            folder = generate(**options)
+        except ValueError as error:  # of an argument
+            raise UserError(error) from None
+        log_line(f"wrote {folder}")
 
     return run_program("generate_lra.py", command)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lra_config import UserError
 from run.text import shown
 
-REQUIRED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+REQUIRED = ("RANK", "LOCAL_RANK", "MASTER_PORT")
 
 
 class EnvironmentMistake(UserError, ValueError):
@@ -34,21 +34,22 @@ def launched_processes() -> Launched:
     world_size = _number("WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
     if world_size == 1:
         return Launched()
-    for name in ("MASTER_ADDR", *REQUIRED):
+    for name in (*REQUIRED, "MASTER_ADDR"):
         if not os.environ.get(name):
             raise EnvironmentMistake(
                 f"WORLD_SIZE={world_size} without {name} in the environment; start the processes "
                 "with torchrun, or unset WORLD_SIZE"
             )
-    rank, local_rank, local_world_size, _ = (_number(name) for name in REQUIRED)
-    for name, value, limit in (
-        ("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size),
-    ):
-        if value >= limit:
-            raise EnvironmentMistake(
-                f"{name}={value} in the environment, of {limit} processes; start them with torchrun"
-            )
-    return Launched(rank, world_size, local_rank, local_world_size)
+    rank, local_rank, _ = (_number(name) for name in REQUIRED)
+    if rank >= world_size:
+        raise EnvironmentMistake(
+            f"RANK={rank} in the environment, of {world_size} processes; start them with torchrun"
+        )
+    on_this_machine = "LOCAL_WORLD_SIZE"
+    return Launched(
+        rank, world_size, local_rank,
+        _number(on_this_machine, least=1) if on_this_machine in os.environ else 1,
+    )
 
 
 def _number(name: str, least: int = 0) -> int:

@@ -100,7 +100,7 @@ def test_an_empty_name_of_a_file_to_predict_trains_nothing(trained):
 
 
 @pytest.mark.parametrize(("variables", "words"), [
-    ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without MASTER_ADDR"]),
+    ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without RANK"]),
     ({"WORLD_SIZE": "x"}, ["WORLD_SIZE='x'", "torchrun"]),
     ({"WORLD_SIZE": "0"}, ["WORLD_SIZE='0'"]),
     ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE='999"]),
