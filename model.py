@@ -41,6 +41,7 @@ from attention import ATTENTION, AstromorphicAttention, LinearAttention, Softmax
 from attention.dropout import derive_keys, draw_seed, dropout
 from lra_config import PADDING_ID, Config, make_config
 from run import checkpoint
+from run.files import write_json
 from utils import ordinal_embedding, periodic_positions, sinusoidal_positions
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "build_model",
 ]
 
+HUB_ARGUMENTS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
 READOUT_MOMENTUM = 0.02  # of the running statistics that `readout_norm: batch` evaluates with
 
 
@@ -100,7 +102,7 @@ class RMAAT(
     `configs/tables/`.
 
     `from_pretrained(folder or name on the Hugging Face Hub)` reads a finished run's weights,
-    `save_pretrained(folder)` and `push_to_hub(name)` write them.
+    `save_pretrained(folder)` and `push_to_hub(name)` write them with a model card.
     """
 
     def __init__(self, config: Config, vocabulary: Sequence[str] | None = None) -> None:
@@ -113,6 +115,7 @@ class RMAAT(
         super().__init__()
         self.config = config
         self.vocabulary = None if vocabulary is None else list(vocabulary)
+        self.summary: dict[str, Any] | None = None  # of the finished run that was loaded
         self.segment_len = config.segment_len
         self.max_seq_len = config.max_seq_len
         self.num_sequences = config.num_sequences  # sequences that one example is encoded as
@@ -390,15 +393,22 @@ class RMAAT(
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        checkpoint.export(self.state(), save_directory)
+        checkpoint.export(self.state(), save_directory, self.summary)
+        if self.summary is not None:
+            write_json(save_directory / "summary.json", self.summary)
 
     @classmethod
     def _from_pretrained(
-        cls, *, config: dict[str, Any], strict: bool = True, **arguments: Any
+        cls, *, model_id: str, config: dict[str, Any], strict: bool = True, **arguments: Any
     ) -> RMAAT:
         """The mixin's hook: `config` holds what `checkpoint.export` wrote into config.json."""
         values = {key: value for key, value in config.items() if key != "vocabulary"}
-        return super()._from_pretrained(config=make_config(values), strict=strict, **arguments)
+        model = super()._from_pretrained(
+            model_id=model_id, config=make_config(values), strict=strict, **arguments
+        )
+        hub = {key: arguments[key] for key in HUB_ARGUMENTS & arguments.keys()}
+        model.summary = checkpoint.load_summary(model_id, **hub)
+        return model
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The mixed precision of `precision` on `device`.

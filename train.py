@@ -501,7 +501,7 @@ class Trainer:
             test_slices=slices.shares(self.processes),
         )
         if self.log is not None:
-            checkpoint.export(self.model.state(), self.folder)
+            checkpoint.export(self.model.state(), self.folder, dataclasses.asdict(summary))
             plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
             # Last of all: with it the run is finished.
             write_json(self.folder / "summary.json", dataclasses.asdict(summary))

@@ -9,10 +9,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from lra_config import Config, UserError
+from lra_config import Config, UserError, make_config
 from run.files import atomic_write, write_json
+from run.model_card import model_card
 from utils import first_line
 
 
@@ -53,14 +56,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise _unreadable(path, error) from None
 
 
-def export(state: dict[str, Any], folder: Path) -> None:
-    """Write `model.safetensors` and `config.json`, what `RMAAT.from_pretrained(folder)` reads.
+def export(state: dict[str, Any], folder: Path, summary: dict[str, Any] | None) -> None:
+    """Write what `RMAAT.from_pretrained(folder)` reads and a model card, `README.md`, of it.
 
     `config.json` holds the configuration, less what concerns this machine alone, and at the word
     level the vocabulary.
 
     Args:
         state: as `RMAAT.state` lays it out.
+        summary: of the finished run that the weights are from, if any; `summary.json` itself is the
+            caller's, as with it a run is finished.
     """
     weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
     with atomic_write(folder / "model.safetensors") as handle:
@@ -70,6 +75,8 @@ def export(state: dict[str, Any], folder: Path) -> None:
     if state["vocabulary"] is not None:
         values["vocabulary"] = state["vocabulary"]
     write_json(folder / "config.json", values)
+    with atomic_write(folder / "README.md", "w") as handle:
+        handle.write(model_card(make_config(state["config"]), summary))
 
 
 def load_exported(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -92,6 +99,28 @@ def load_exported(path: Path, device: torch.device | str = "cpu") -> dict[str, A
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise _unreadable(path, error) from None
     return {"model": weights, "config": values, "vocabulary": vocabulary}
+
+
+def load_summary(source: str, **hub: Any) -> dict[str, Any] | None:
+    """The `summary.json` of a folder or of a model on the Hugging Face Hub; None without one.
+
+    Args:
+        hub: how to reach it, as `hf_hub_download` takes it.
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = Path(source) / "summary.json"
+    if not Path(source).is_dir():
+        try:
+            path = Path(hf_hub_download(source, "summary.json", **hub))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
