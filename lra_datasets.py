@@ -10,8 +10,6 @@ import io
 import json
 import os
 import pickle
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from data.listops import generate_listops
 from data.packing import DataError, Reader, cache_dir, fingerprint, held_out_rows
 from data.pathfinder import generate_pathfinder
 from lra_config import Config, WordTokenizer
-from run.files import write_json
+from run.files import whole_folder, write_json
 from run.terminal import log_line
 from utils import first_line
 
@@ -352,26 +350,22 @@ def download_cifar10(data_dir: Path) -> None:
 
 def download_imdb(folder: Path) -> None:
     """Fetch IMDb through Hugging Face `datasets`, laid out as the official archive unpacks."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    half_done = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".part", dir=folder.parent))
     try:
         from datasets import load_dataset
 
-        for part in Imdb.layout.parts:
-            for label in ("neg", "pos"):
-                (half_done / part / label).mkdir(parents=True)
-            for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
-                name = f"{number}_{row['label']}.txt"
-                path = half_done / part / ("pos" if row["label"] else "neg") / name
-                path.write_text(row["text"], encoding="utf-8")
-        os.rename(half_done, folder)
+        with whole_folder(folder) as half_done:
+            for part, labels in Imdb.layout.parts.items():
+                for label in labels:
+                    (half_done / label).mkdir(parents=True)
+                for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
+                    name = f"{number}_{row['label']}.txt"
+                    path = half_done / labels[row["label"]] / name
+                    path.write_text(row["text"], encoding="utf-8")
     except Exception as error:
         raise DataError(
             f"IMDb could not be fetched through Hugging Face datasets ({first_line(error)}); run "
             "./get_lra_data.sh imdb"
         ) from None
-    finally:
-        shutil.rmtree(half_done, ignore_errors=True)
 
 
 def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, np.ndarray]:

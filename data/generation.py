@@ -1,20 +1,17 @@
-"""What the generators share: workers in a fixed order, and files that appear together or not."""
+"""What the generators share: workers in a fixed order, and the checks of their arguments."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # Raise it whenever a change alters the bytes that a seed gives.
 FORMAT_VERSION = 1
@@ -63,81 +60,6 @@ def results_in_order(function: Callable[[int], Any], workers: int) -> Iterator[A
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def whole_files(folder: Path, names: Sequence[str]) -> Iterator[list[BinaryIO]]:
-    """Open one file per name that appear in `folder` together when the body ends, or not at all.
-
-    Args:
-        folder: created if missing.
-        names: renamed into place in this order.
-    Raises:
-        FileExistsError: a file of that name is there already; it is left as it is.
-        OSError: the folder cannot be written.
-    """
-    targets = [folder / name for name in names]
-
-    def refuse_to_overwrite() -> None:
-        for target in targets:
-            if os.path.lexists(target):
-                raise FileExistsError(f"{target} exists; remove it or choose another --out")
-
-    refuse_to_overwrite()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporaries = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
-    files: list[BinaryIO] = []
-    placed: list[Path] = []
-    try:
-        for temporary in temporaries:
-            files.append(open(temporary, "wb"))
-        yield files
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        refuse_to_overwrite()
-        for temporary, target in zip(temporaries, targets, strict=True):
-            os.replace(temporary, target)
-            placed.append(target)
-    except BaseException:
-        for file in files:
-            # On a full disk, closing tries to write the rest and fails again.
-            with contextlib.suppress(OSError):
-                file.close()
-        for path in [*temporaries, *placed]:
-            path.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `target` when the body ends, or vanishes.
-
-    Args:
-        target: its parents are created if missing.
-    Raises:
-        FileExistsError: the target is there already; it is left as it is.
-        OSError: the folder cannot be written.
-    """
-
-    def refuse_to_overwrite() -> None:
-        if os.path.lexists(target):
-            raise FileExistsError(f"{target} exists; remove it or choose another --out")
-
-    refuse_to_overwrite()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        # One call instead of an fsync per file, of which there may be hundreds of thousands.
-        if hasattr(os, "sync"):
-            os.sync()
-        refuse_to_overwrite()
-        os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def available_cores() -> int:

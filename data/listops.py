@@ -6,10 +6,9 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,9 +18,9 @@ from data.generation import (
     available_cores,
     check_numbers,
     results_in_order,
-    whole_files,
 )
-from data.inspection import LAYOUTS
+from data.inspection import LAYOUTS, LISTOPS_HEADER
+from run.files import whole_folder, write_json
 
 LAYOUT = LAYOUTS["listops"]
 TRAIN, VAL, TEST = LAYOUT.expected  # sequences
@@ -205,15 +204,16 @@ def distinct_rows(chunk: Callable[[int], list[bytes]], workers: int) -> Iterator
                 )
 
 
-def _write_split(file: BinaryIO, rows: Iterable[bytes], progress: tqdm) -> str:
-    """Write the header and the rows to `file` and return the sha256 of its bytes."""
-    header = b"Source\tTarget\n"
-    file.write(header)
+def _write_split(path: Path, rows: Iterable[bytes], progress: tqdm) -> str:
+    """Write the header and the rows and return the sha256 of the file's bytes."""
+    header = LISTOPS_HEADER + b"\n"
     digest = hashlib.sha256(header)
-    for row in rows:
-        file.write(row)
-        digest.update(row)
-        progress.update()
+    with open(path, "wb") as file:
+        file.write(header)
+        for row in rows:
+            file.write(row)
+            digest.update(row)
+            progress.update()
     return digest.hexdigest()
 
 
@@ -252,7 +252,7 @@ def generate_listops(
         The folder of the files.
     Raises:
         ValueError: an argument is out of range, or there are too few distinct sequences.
-        OSError: a file exists already or cannot be written; nothing of this call remains.
+        OSError: the folder exists already or cannot be written; nothing of this call remains.
     Source: Nangia & Bowman 2018 (ListOps); Tay et al. 2021 (LRA), the file format and the lengths.
     """
     if workers is None:
@@ -262,17 +262,19 @@ def generate_listops(
     check_numbers(seed, **counts, workers=workers, min_length=min_length)
     _check_lengths(**lengths)
 
-    folder = Path(out, LAYOUT.folders[0])
+    target = Path(out, LAYOUT.folders[0])
     names = {split: LAYOUT.parts[split][0] for split in counts}
     chunk = functools.partial(listops_chunk, seed=seed, **lengths)
     with (
-        whole_files(folder, [*names.values(), "GENERATED.json"]) as (*split_files, record_file),
+        whole_folder(target) as folder,
         contextlib.closing(distinct_rows(chunk, workers)) as rows,
         tqdm(total=sum(counts.values()), desc="listops", unit="seq", disable=None) as progress,
     ):
         sha256 = {
-            names[split]: _write_split(file, itertools.islice(rows, count), progress)
-            for file, (split, count) in zip(split_files, counts.items(), strict=True)
+            names[split]: _write_split(
+                folder / names[split], itertools.islice(rows, count), progress
+            )
+            for split, count in counts.items()
         }
         record = {
             "task": "listops",
@@ -290,5 +292,5 @@ def generate_listops(
             "numpy": np.__version__,
             "sha256": sha256,
         }
-        record_file.write((json.dumps(record, indent=2) + "\n").encode())
-    return folder
+        write_json(folder / "GENERATED.json", record)
+    return target

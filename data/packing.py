@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lra_config import Config, UserError
-from run.files import write_json
+from run.files import whole_folder, write_json
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
@@ -145,6 +144,8 @@ def _load_part(reader: Reader, part: str) -> PackedSplit:
     if not folder.exists():
         try:
             _pack(reader, part, folder)
+        except FileExistsError:
+            pass  # another process has packed the same part meanwhile
         except OSError as error:
             advice = "restore the file"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
@@ -175,9 +176,7 @@ def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
 
 def _pack(reader: Reader, part: str, folder: Path) -> None:
     """Write a packed part into a folder that appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    half_done = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".part", dir=folder.parent))
-    try:
+    with whole_folder(folder) as half_done:
         dtype = np.dtype(reader.tokenizer.dtype)
         lengths, labels = [], []
         skipped_before = reader.skipped
@@ -207,10 +206,3 @@ def _pack(reader: Reader, part: str, folder: Path) -> None:
         np.save(half_done / "labels.npy", np.array(labels, dtype=np.int64))
         write_json(half_done / "info.json", {"skipped": reader.skipped - skipped_before})
         reader.skipped = skipped_before
-        try:
-            os.rename(half_done, folder)
-        except OSError:
-            if not folder.exists():  # else another process packed the same part meanwhile
-                raise
-    finally:
-        shutil.rmtree(half_done, ignore_errors=True)

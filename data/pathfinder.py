@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from data.generation import (
     available_cores,
     check_numbers,
     results_in_order,
-    whole_folder,
 )
 from data.inspection import LAYOUTS
+from run.files import whole_folder, write_json
 
 (IMAGES,) = LAYOUTS["pathfinder32"].expected
 PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")
@@ -167,5 +166,5 @@ def generate_pathfinder(
             "pillow": PIL.__version__,
             "files_sha256": sha256,
         }
-        (folder / "GENERATED.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(folder / "GENERATED.json", record)
     return target

@@ -9,7 +9,6 @@ part by itself nor the two lengths give the label away: what does is that the pa
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.generation import FORMAT_VERSION, check_numbers, whole_files
+from data.generation import FORMAT_VERSION, check_numbers
 from data.inspection import LAYOUTS
+from run.files import whole_folder, write_json
 
 LAYOUT = LAYOUTS["aan"]
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
@@ -107,7 +107,7 @@ def generate_review_pairs(
         The folder of the files.
     Raises:
         ValueError: an argument is out of range.
-        OSError: IMDb is missing, or a file exists already or cannot be written; nothing of this
+        OSError: IMDb is missing, or the folder exists already or cannot be written; nothing of this
             call remains.
     """
     check_numbers(seed, **({} if reviews is None else {"reviews": reviews}))
@@ -123,14 +123,14 @@ def generate_review_pairs(
         "test": drawn["test"],
     }
 
-    folder = Path(out, LAYOUT.folders[0])
+    target = Path(out, LAYOUT.folders[0])
     names = dict(zip(splits, (name for (name,) in LAYOUT.parts.values()), strict=True))
-    with whole_files(folder, [*names.values(), "GENERATED.json"]) as (*split_files, record_file):
+    with whole_folder(target) as folder:
         counts, sha256 = {}, {}
-        for file, (split, chosen) in zip(split_files, splits.items(), strict=True):
+        for split, chosen in splits.items():
             rows = list(pair_rows(chosen, rng))
             content = b"".join(rows)
-            file.write(content)
+            (folder / names[split]).write_bytes(content)
             counts[split] = len(rows)
             sha256[names[split]] = hashlib.sha256(content).hexdigest()
         record = {
@@ -143,5 +143,5 @@ def generate_review_pairs(
             "numpy": np.__version__,
             "sha256": sha256,
         }
-        record_file.write((json.dumps(record, indent=2) + "\n").encode())
-    return folder
+        write_json(folder / "GENERATED.json", record)
+    return target

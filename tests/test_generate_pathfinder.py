@@ -379,7 +379,7 @@ def test_existing_target_is_never_overwritten(
     assert generate_lra.main(["pathfinder32", "--out", str(tmp_path), "--seed", "0"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f"{target} exists; remove it or choose another --out" in message
+    assert "exists; remove it or choose another" in message and str(target) in message
     assert list(target.parent.iterdir()) == [target]
 
 
