@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from run.text import one_line
 
@@ -121,8 +121,9 @@ class ListOpsTokenizer:
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the task table: what a data set fixes and what it suggests."""
+    """One row of the task table: who reads a data set, what it fixes and what it suggests."""
 
+    reader: str | type  # a `data.packing.Reader`, or its place "module:class", imported when opened
     tokenizer: type
     num_classes: int
     max_seq_len: int  # over all documents of an example
@@ -135,23 +136,40 @@ class Task:
 
 TASKS = {
     "listops": Task(
-        ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8, truncated=False,
-        tab_separated=True,
+        "lra_datasets:ListOps", ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8,
+        truncated=False, tab_separated=True,
     ),
-    "imdb": Task(WordTokenizer, num_classes=2, max_seq_len=512, num_segments=2),
-    "imdb_long": Task(WordTokenizer, num_classes=2, max_seq_len=1536, num_segments=6),
-    "imdb_lra": Task(ByteTokenizer, num_classes=2, max_seq_len=4096, num_segments=8),
+    "imdb": Task(
+        "lra_datasets:Imdb", WordTokenizer, num_classes=2, max_seq_len=512, num_segments=2
+    ),
+    "imdb_long": Task(
+        "lra_datasets:Imdb", WordTokenizer, num_classes=2, max_seq_len=1536, num_segments=6
+    ),
+    "imdb_lra": Task(
+        "lra_datasets:Imdb", ByteTokenizer, num_classes=2, max_seq_len=4096, num_segments=8
+    ),
     "cifar10": Task(
-        ByteTokenizer, num_classes=10, max_seq_len=1024, num_segments=4, grey=True, truncated=False
+        "lra_datasets:Cifar10", ByteTokenizer, num_classes=10, max_seq_len=1024, num_segments=4,
+        grey=True, truncated=False,
     ),
     "pathfinder32": Task(
-        ByteTokenizer, num_classes=2, max_seq_len=1024, num_segments=4, grey=True, truncated=False
+        "lra_datasets:Pathfinder32", ByteTokenizer, num_classes=2, max_seq_len=1024, num_segments=4,
+        grey=True, truncated=False,
     ),
     "aan": Task(
-        ByteTokenizer, num_classes=2, max_seq_len=8192, num_segments=16, num_documents=2,
-        tab_separated=True,
+        "lra_datasets:Aan", ByteTokenizer, num_classes=2, max_seq_len=8192, num_segments=16,
+        num_documents=2, tab_separated=True,
     ),
 }
+
+
+def _known_dataset(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"should be one of {', '.join(map(repr, TASKS))}")
+    return name
+
+
+Dataset = Annotated[str, AfterValidator(_known_dataset)]
 
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
@@ -192,7 +210,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     # Data
-    dataset: Model[Literal[tuple(TASKS)]]
+    dataset: Model[Dataset]
     data_dir: Place[str] = "datasets"
     download: Manner[bool] = False  # fetch CIFAR-10 or IMDb when they are not there
     max_seq_len: Model[Size]  # after padding to whole segments; null: the task table's

@@ -1,7 +1,6 @@
 """Readers: one class per data set, from its files on disk to (documents, label).
 
-To bring a data set of your own: write a class as below (`sources`, `examples`, `prepare`), name it
-in `READERS`, and give it a row in `lra_config.TASKS`.
+A row of `lra_config.TASKS` names the class; docs/data.md shows a data set from a file of one's own.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class FileReader:
     """What the readers share: official files, found at any of the usual depths of `data_dir`."""
 
     layout: Layout
+    advice = "put it there"  # where a file is missing
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -42,8 +43,28 @@ class FileReader:
         if config.task.tokenizer is not WordTokenizer:
             self.tokenizer = config.task.tokenizer()
 
-    def sources(self, part: str) -> list[Path]:
+    def places(self, part: str) -> list[Path]:
+        """The files of a part, or the folders that hold them."""
         return [self.folder / name for name in self.layout.parts[part]]
+
+    def prepare(self) -> None:
+        for path in (path for part in self.parts for path in self.places(part)):
+            if not path.exists():
+                raise DataError(f"{path}: missing; {self.advice}")
+
+    def sources(self, part: str) -> list[Path]:
+        """The files of a part; those of a folder in the order of their names."""
+        return [path for place in self.places(part) for path in self._files(place)]
+
+    def _files(self, place: Path) -> list[Path]:
+        if not place.is_dir():
+            return [place]
+        # Not Path.iterdir: IMDb has 50,000 files.
+        return [
+            Path(path)
+            for path in sorted(e.path for e in os.scandir(place))
+            if path.endswith(self.layout.suffix)
+        ]
 
     def key(self) -> dict[str, Any]:
         return {}
@@ -121,24 +142,15 @@ class Imdb(FileReader):
     """`aclImdb/{train,test}/{pos,neg}/*.txt`: bytes (`imdb_lra`) or words."""
 
     layout = LAYOUTS["imdb"]
-
-    def sources(self, part: str) -> list[Path]:
-        return [
-            Path(path)
-            for folder in super().sources(part)
-            for path in sorted(e.path for e in os.scandir(folder) if e.name.endswith(".txt"))
-        ]
+    advice = "run ./get_lra_data.sh imdb, or set download: true"
 
     def prepare(self) -> None:
         if not self.folder.is_dir() and self.config.download:
             download_imdb(self.folder)
-        for part in self.parts:
-            for folder in super().sources(part):
-                if not folder.is_dir() or not any(folder.glob("*.txt")):
-                    raise DataError(
-                        f"{folder}: no reviews there; run ./get_lra_data.sh imdb, or set "
-                        "download: true"
-                    )
+        super().prepare()
+        for folder in (folder for part in self.parts for folder in self.places(part)):
+            if not self._files(folder):
+                raise DataError(f"{folder}: holds no reviews; {self.advice}")
         if self.config.task.tokenizer is WordTokenizer:
             self.tokenizer = WordTokenizer(self._vocabulary())
 
@@ -180,15 +192,12 @@ class Cifar10(FileReader):
     """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as grey levels."""
 
     layout = LAYOUTS["cifar10"]
+    advice = "run ./get_lra_data.sh cifar10, or set download: true"
 
     def prepare(self) -> None:
         if not self.folder.is_dir() and self.config.download:
             download_cifar10(Path(self.config.data_dir))
-        for path in (path for part in self.parts for path in self.sources(part)):
-            if not path.exists():
-                raise DataError(
-                    f"{path}: missing; run ./get_lra_data.sh cifar10, or set download: true"
-                )
+        super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
         for path in self.sources(part):
@@ -234,8 +243,7 @@ class Pathfinder32(FileReader):
     layout = LAYOUTS["pathfinder32"]
 
     def sources(self, part: str) -> list[Path]:
-        files = (path for folder in super().sources(part) for path in folder.glob("*.npy"))
-        return sorted(files, key=lambda path: (len(path.name), path.name))
+        return sorted(super().sources(part), key=lambda path: (len(path.name), path.name))
 
     def prepare(self) -> None:
         if not self.folder.is_dir():
@@ -287,14 +295,7 @@ class Aan(FileReader):
     """`tsv_data/new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts, no header."""
 
     layout = LAYOUTS["aan"]
-
-    def prepare(self) -> None:
-        for path in (path for part in self.parts for path in self.sources(part)):
-            if not path.exists():
-                raise DataError(
-                    f"{path}: missing; its texts may not be redistributed, ./get_lra_data.sh aan "
-                    "says where to obtain them"
-                )
+    advice = "its texts may not be redistributed, ./get_lra_data.sh aan says where to obtain them"
 
     def examples(self, part: str) -> Iterator[Example]:
         path, limit = self.sources(part)[0], self.config.document_len
@@ -312,24 +313,14 @@ class Aan(FileReader):
                 yield documents, self.label(label, where)
 
 
-READERS = {
-    "listops": ListOps,
-    "imdb": Imdb,
-    "imdb_long": Imdb,
-    "imdb_lra": Imdb,
-    "cifar10": Cifar10,
-    "pathfinder32": Pathfinder32,
-    "aan": Aan,
-}
-
-
 def open_dataset(config: Config) -> Reader:
     """The reader of `config.dataset`, with its files in place.
 
     Raises:
         DataError: the files are not there, or only some of them, and cannot be generated.
     """
-    reader = READERS[config.dataset](config)
+    named = config.task.reader
+    reader = (pkgutil.resolve_name(named) if isinstance(named, str) else named)(config)
     reader.prepare()
     return reader
 

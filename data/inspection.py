@@ -31,6 +31,7 @@ class Layout(NamedTuple):
 
     folders: tuple[str, ...]  # the first one that is there counts
     parts: dict[str, tuple[str, ...]]  # of each part its files, or the folders that hold them
+    suffix: str = ""  # of the files in those folders
     variable: str = ""  # of the environment: expects other numbers than these, for tests
     expected: tuple[int, ...] = ()  # counts or sizes; what of is said beside them
 
@@ -44,22 +45,24 @@ LAYOUTS = {
         ("cifar-10-batches-py",),
         {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
         # Least bytes of a file: the pixels of 10,000 images. It holds a bit more.
-        "CIFAR10_BATCH_BYTES", (30_720_000,),
+        variable="CIFAR10_BATCH_BYTES", expected=(30_720_000,),
     ),
     "imdb": Layout(
         ("aclImdb",),
         {"train": ("train/neg", "train/pos"), "test": ("test/neg", "test/pos")},
-        "IMDB_FILES", (12_500,),  # in each folder
+        ".txt",
+        variable="IMDB_FILES", expected=(12_500,),  # in each folder
     ),
     "listops": Layout(
         lra_release("listops-1000"),
         {part: (f"basic_{part}.tsv",) for part in ("train", "val", "test")},
-        "LISTOPS_ROWS", (96_000, 2_000, 2_000),  # without the header
+        variable="LISTOPS_ROWS", expected=(96_000, 2_000, 2_000),  # without the header
     ),
     "pathfinder32": Layout(
         lra_release("pathfinder32/curv_contour_length_14"),
         {"all": ("metadata",)},
-        "PATHFINDER32_IMAGES", (200_000,),
+        ".npy",
+        variable="PATHFINDER32_IMAGES", expected=(200_000,),
     ),
     "aan": Layout(
         lra_release("tsv_data"),
@@ -67,7 +70,7 @@ LAYOUTS = {
             "train": ("new_aan_pairs.train.tsv",), "val": ("new_aan_pairs.eval.tsv",),
             "test": ("new_aan_pairs.test.tsv",),
         },
-        "AAN_ROWS", (147_086, 18_090, 17_437),
+        variable="AAN_ROWS", expected=(147_086, 18_090, 17_437),
     ),
 }
 LISTOPS_HEADER = b"Source\tTarget"
@@ -145,7 +148,7 @@ def inspect_cifar10(folder: Path, layout: Layout, _: Any) -> Contents:
 def inspect_imdb(folder: Path, layout: Layout, _: Any) -> Contents:
     (expected,) = expected_numbers(layout)
     sizes = [
-        [review.stat().st_size for review in files_in(folder / name, ".txt")]
+        [review.stat().st_size for review in files_in(folder / name, layout.suffix)]
         for names in layout.parts.values() for name in names
     ]
     counts = [len(part) for part in sizes]
@@ -188,7 +191,7 @@ def inspect_pathfinder32(folder: Path, layout: Layout, record: dict[str, Any] | 
     (least,) = expected_numbers(layout) if record is None else (1,)
     (metadata,) = layout.parts["all"]
     images = [png for batch in folders_in(folder / "imgs") for png in files_in(batch, ".png")]
-    rows = sum(count_rows(Path(entry)) for entry in files_in(folder / metadata, ".npy"))
+    rows = sum(count_rows(Path(entry)) for entry in files_in(folder / metadata, layout.suffix))
     # A few of the released images are empty; the reader skips them.
     filled = [entry for entry in images if entry.stat().st_size]
     return Contents(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_batch, tiny_config
+from conftest import ROOT, tiny_batch, tiny_config
 from PIL import Image
 
 from data.packing import DataError, load_splits
@@ -223,3 +227,25 @@ def test_word_vectors_are_read_by_word_and_checked(tmp_path):
         load_word_vectors(str(path), ["film"], dim=3)
     with pytest.raises(ConfigError, match="embedding_path"):
         tiny_config(embedding_path=str(path))
+
+
+def test_a_data_set_of_ones_own_trains_as_the_documents_have_it(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    (program,) = (block for block in blocks if 'TASKS["letters"]' in block)
+    (tmp_path / "letters.py").write_text(program)
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        folder = tmp_path / "datasets" / "letters" / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            (folder / f"{i}.txt").write_text(f"{name[-1]} text, {i}")
+    tiny = "dim=8 num_heads=2 ffn_dim=8 batch_size=4 max_steps=2 warmup_steps=1 max_seq_len=64"
+    done = subprocess.run(
+        [sys.executable, "letters.py", "--config", ROOT / "configs" / "imdb.yaml",
+         "dataset=letters", "device=cpu", *tiny.split()],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and "test_acc" in done.stdout, done.stderr
+    (summary,) = tmp_path.glob("runs/*/summary.json")
+    assert '"train": 22' in summary.read_text() and '"test": 24' in summary.read_text()
