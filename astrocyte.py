@@ -281,9 +281,11 @@ def plot(path: str, parameters: MacroModelParameters = DEFAULT) -> None:
     axes[1].legend(frameon=False, loc="lower right")
 
     shades = colormaps["viridis"](np.linspace(0.85, 0.0, len(TABLE_SEGMENTS)))
-    for T, shade in zip(TABLE_SEGMENTS, shades, strict=True):
+    for T, shade, marker in zip(TABLE_SEGMENTS, shades, "vs^o", strict=True):
         factors = retention_factors(T, parameters)
-        axes[2].plot(range(1, T + 1), factors, "o-", color=shade, markersize=4, label=f"T = {T}")
+        axes[2].plot(
+            range(1, T + 1), factors, marker=marker, color=shade, markersize=4, label=f"T = {T}"
+        )
     axes[2].set(title="Memory retention factor", xlabel="segment t", ylabel="factor")
     axes[2].set(ylim=(0, None), xticks=(1, *TABLE_SEGMENTS))
     axes[2].legend(frameon=False)

@@ -20,8 +20,8 @@ from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, autocast_dtype, build_model
-from plots import plot_curves
 from run import checkpoint
+from run.figures import plot_curves
 from run.files import write_json
 from run.log import RunLog
 from run.processes import ALONE, Processes, current_processes

@@ -1,11 +1,13 @@
-"""What goes wrong inside this model when a run is sick: for `log_internals`."""
+"""A look inside the model: what goes wrong when a run is sick, and what its attention reads."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from attention import AstromorphicAttention
+from attention import AstromorphicAttention, LinearAttention, SoftmaxAttention
+from attention.baselines import softmax_attention, visible_keys
+from attention.equations import Terms, astromorphic_response
 from attention.heads import Attention
 from dataloader import Batch
 from model import RMAAT
@@ -72,3 +74,58 @@ def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
             for t, memory in enumerate(memories, start=1)
         }
     return found
+
+
+@torch.no_grad()
+def attention_rows(model: RMAAT, tokens: Tensor, index: int) -> Tensor:
+    """The weights A with which the rows of one segment read its values, per layer and head.
+
+    These mechanisms are linear in V: what they answer to V = 1 is A, whose N x N entries none of
+    them forms in training.
+
+    Args:
+        tokens: (1, L) integer ids, L at most `max_seq_len`.
+        index: of the segment, from 0.
+    Returns:
+        (layers, H, N, N); A V is the heads' response.
+    Raises:
+        ValueError: there is no such segment, or the attention has no such weights.
+    """
+    segments, _ = model.split(tokens)
+    if not 0 <= index < len(segments):
+        raise ValueError(f"segment {index} of {len(segments)}; count them from 0")
+    found: list[Tensor] = []
+
+    def record(attention: Attention, arguments: tuple, _: Tensor) -> None:
+        x, mask, positions = arguments
+        q, k, _ = attention.project(x)
+        unit = torch.eye(x.shape[1], dtype=q.dtype, device=q.device).expand(*q.shape[:2], -1, -1)
+        if isinstance(attention, SoftmaxAttention):
+            found.append(softmax_attention(q, k, unit, visible_keys(mask))[0])
+            return
+        terms = attention.terms if isinstance(attention, AstromorphicAttention) else Terms()
+        found.append(astromorphic_response(q, k, unit, mask, positions, terms)[0])
+
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        kinds = (AstromorphicAttention, LinearAttention, SoftmaxAttention)
+        if not isinstance(layer, kinds) or model.config.hebbian_sigmoid:
+            raise ValueError(
+                "only attention that is linear in its values reads by weights: astro (without "
+                "hebbian_sigmoid), linear and softmax"
+            )
+    training = model.training
+    model.eval()
+    hooks = []
+    try:
+        memory = model.initial_memory(1)
+        for passed in model.recur(segments[:index]):
+            memory = passed[0]
+        hooks = [layer.register_forward_hook(record) for layer in layers]
+        with torch.compiler.set_stance("force_eager"):
+            model.segment(segments[index].tokens, memory, index, segments[index].mask)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
