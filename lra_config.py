@@ -265,6 +265,8 @@ class Config(BaseModel):
     max_steps: Size = 5_000
     # End earlier on the same schedule; in the outcome `last_step` stands for it.
     stop_after_steps: Manner[Size | None] = None
+    # End at the first validation that reaches it, before the schedule does; null: go on.
+    target_accuracy: Adjustable[Annotated[float, Field(gt=0, le=1)] | None] = None
     # Of a command: save a checkpoint then and leave, for --resume to go on; null: no limit.
     max_minutes: Place[Positive | None] = None
     learning_rate: Positive = 1e-3
@@ -450,6 +452,10 @@ class Config(BaseModel):
     def segment_len(self) -> int:
         """S, the tokens of one segment."""
         return self.max_seq_len // self.num_segments
+
+    def reached(self, val_accuracy: float) -> bool:
+        """Whether a validation ends the run."""
+        return self.target_accuracy is not None and val_accuracy >= self.target_accuracy
 
     @property
     def last_step(self) -> int:

@@ -259,7 +259,7 @@ class Trainer:
         return reader, load_splits(reader)
 
     def run(self) -> Summary:
-        """Train to the last step, then test once with the weights of the best validation."""
+        """Train until `done`, then test once with the weights of the best validation."""
         config, progress = self.config, self.progress
         bar = tqdm(
             total=config.last_step, initial=progress.step, desc=config.run_name,
@@ -268,21 +268,21 @@ class Trainer:
         self.model.train()
         self._lap()
         with bar, caught_signals() as self.signals:
-            while progress.step < config.last_step or progress.validation_due:
+            while not self.done:
                 interrupted = False
                 if not progress.validation_due:  # as a signal during a validation leaves it
                     interrupted = self.train_step(interrupted=bool(self._leaving_status()))
                     progress.unlogged_seconds += self._lap()
                     bar.update()
-                    step, done = progress.step, progress.step == config.last_step
-                    if step % config.log_interval == 0 or done:
+                    step, last = progress.step, progress.step == config.last_step
+                    if step % config.log_interval == 0 or last:
                         bar.set_postfix(self.log_training())
-                    progress.validation_due = step % config.eval_interval == 0 or done
+                    progress.validation_due = step % config.eval_interval == 0 or last
 
-                step, done = progress.step, progress.step == config.last_step
+                step = progress.step
                 if progress.validation_due and not interrupted:
                     interrupted = not self.validate()
-                if step % config.checkpoint_interval == 0 or done or interrupted:
+                if step % config.checkpoint_interval == 0 or self.done or interrupted:
                     self.save()
                 if interrupted:  # they all leave, for one reason, once the checkpoint is whole
                     raise Interrupted(self.processes.largest(self._leaving_status()), step)
@@ -292,6 +292,14 @@ class Trainer:
             if self.signals:  # too late for this run, not for what comes after it
                 raise Interrupted(self._leaving_status(), progress.step)
         return summary
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is made and validated, or `target_accuracy` is reached."""
+        progress, config = self.progress, self.config
+        if config.reached(progress.best_val_accuracy):
+            return True
+        return progress.step >= config.last_step and not progress.validation_due
 
     def _leaving_status(self) -> int:
         """The exit status to leave with after this step or batch; 0 to go on."""

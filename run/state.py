@@ -189,7 +189,7 @@ def finished(config: Config) -> Summary | None:
         summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # not there, or of another version: test again
         return None
-    if summary.steps < config.last_step:
+    if summary.steps < config.last_step and not config.reached(summary.best_val_accuracy):
         return None
     path = folder / "config.yaml"
     check_resumable(config, load_config(path), path)

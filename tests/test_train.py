@@ -135,6 +135,22 @@ def test_a_run_stopped_early_goes_on_to_the_full_length(tmp_path, listops_dir):
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_a_run_ends_at_the_first_validation_that_reaches_its_target(tmp_path, listops_dir):
+    whole = train(run_config(tmp_path, listops_dir, "whole"))
+    step, target = next(
+        (row["step"], row["val_accuracy"])
+        for row in read_metrics(tmp_path / "whole") if "val_accuracy" in row
+    )
+    reached = run_config(tmp_path, listops_dir, "reached", target_accuracy=target)
+    summary = train(reached)
+    assert (summary.steps, summary.best_val_accuracy) == (step, target)
+    assert summary.steps < whole.steps
+    assert train(reached, resume=True) == summary  # finished
+    missed = run_config(tmp_path, listops_dir, "reached", target_accuracy=1.0)
+    assert train(missed, resume=True).steps == missed.max_steps
+    assert_same_outcome(tmp_path / "reached", tmp_path / "whole")
+
+
 def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path, listops_dir):
     config = run_config(tmp_path, listops_dir, "run", stop_after_steps=1)
     train(config)
