@@ -9,7 +9,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -24,7 +23,6 @@ from run.terminal import log_line
 from train import train
 
 COLUMNS = {"test accuracy, %": "test_accuracy", "best validation accuracy, %": "best_val_accuracy"}
-COMMAND = Path(__file__).parent.parent / "run_train.py"
 OUTPUT = "output.log"  # in a run's folder: what a run beside others prints
 POLL_SECONDS = 0.2
 
@@ -103,8 +101,9 @@ def _start(config: Config, command: Sequence[str], slot: int, jobs: int) -> subp
     output = config.run_dir / OUTPUT
     log_line(f"{config.run_dir}: started, prints to {output}")
     with open(output, "w") as handle:
+        # This program, which may have registered a data set of its own.
         return subprocess.Popen(
-            [sys.executable, str(COMMAND), *command, "--resume"],
+            [sys.executable, sys.argv[0], *command, "--resume"],
             stdout=handle, stderr=subprocess.STDOUT,
             env={**os.environ, **_share(config, slot, jobs)},
         )

@@ -1,0 +1,41 @@
+"""The examples run as their first lines say, from any folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT, assert_refused, finished, start_process
+
+EXAMPLES = ROOT / "examples"
+QUICK = ["--config", EXAMPLES / "own_dataset.yaml", "device=cpu", "max_steps=3", "warmup_steps=1",
+         "eval_interval=3", "dim=16", "num_layers=1"]
+
+
+def own_dataset(*arguments: object, cwd) -> object:
+    return finished(start_process("examples/own_dataset.py", *arguments, cwd=cwd))
+
+
+def test_a_data_set_of_ones_own_is_swept_side_by_side_and_predicted(tmp_path):
+    result = own_dataset(*QUICK, "seed=0,1", "--jobs", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "runs/own_seed1/summary.json").read_text())
+    assert summary["examples"] == {"train": 1600, "val": 200, "test": 200}
+    assert (summary["dataset"], summary["data"]) == ("own", "own")
+    (tmp_path / "texts").write_text("abc?\nabc!\n")
+    result = own_dataset(
+        "--checkpoint", "runs/own_seed0/best.pt", "--predict", "texts", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("text,label\nabc,asks\nabc,shouts\n", ["examples.csv row 3", "asks, states"]),
+    ("words,label\nabc,asks\n", ["examples.csv row 2"]),
+])
+def test_a_wrong_row_of_the_file_is_named(tmp_path, content, words):
+    file = tmp_path / "datasets/own/examples.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert_refused(own_dataset(*QUICK, cwd=tmp_path), *words)
