@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from run.text import one_line
+from run.text import one_line, shown
 
 PADDING_ID = 0
 VOCABULARY_WORDS = 20_000  # of the word level
@@ -171,8 +171,10 @@ def _known_dataset(name: str) -> str:
 
 Dataset = Annotated[str, AfterValidator(_known_dataset)]
 
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
+LARGEST = 2**53  # of what is counted: exact as a float, too
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Lag = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -251,7 +253,8 @@ class Config(BaseModel):
     decay_scale: Model[NonNegative] = 1.0  # of the position kernel, per token; unpublished
     # Start of B, unpublished; local: a token per neuron, and W_Q so that rows read neighbours
     position_basis: Literal["localised", "random", "local"] = "localised"
-    local_lags: list[int] = [-1, 1]  # of the neighbours, in tokens; the heads take them in turn
+    # Of those neighbours, in tokens; the heads take them in turn
+    local_lags: Annotated[list[Lag], Field(max_length=1000)] = [-1, 1]
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
 
     # attention_type: nystrom
@@ -299,25 +302,28 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         by_dataset = ("max_seq_len", "num_segments", "run_name")
         values = {k: v for k, v in values.items() if v is not None or k not in by_dataset}
         values = {"attention_type": "astro", "seed": 0, **values}
-        task = TASKS.get(values.get("dataset"))
-        if task is not None:
-            values.setdefault("max_seq_len", task.max_seq_len)
-            values.setdefault("num_segments", task.num_segments)
-        else:
-            # The dataset is what is wrong: do not complain about what depends on it.
-            values.setdefault("max_seq_len", 1)
-            values.setdefault("num_segments", 1)
-        values.setdefault(
-            "run_name", "{dataset}_{attention_type}_seed{seed}".format(**{"dataset": "", **values})
-        )
+        named = [values.get(key) for key in ("dataset", "attention_type", "seed")]
+        # Where the dataset or the name is what is wrong, no complaint about what depends on it.
+        task, name = None, "unnamed"
+        if all(isinstance(value, str | int) for value in named):
+            task = TASKS.get(named[0])
+            name = "{}_{}_seed{}".format(*map(one_line, named))
+        values.setdefault("max_seq_len", task.max_seq_len if task else 1)
+        values.setdefault("num_segments", task.num_segments if task else 1)
+        values.setdefault("run_name", name)
         return values
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
+        for key, value in self:
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{key}={shown(value)} holds something that cannot be printed")
         if self.max_seq_len % self.num_segments:
             padded = -(-self.max_seq_len // self.num_segments) * self.num_segments
             raise ValueError(
@@ -406,7 +412,7 @@ class Config(BaseModel):
             )
         if not re.fullmatch(r"[\w.+-]+", self.run_name) or self.run_name in {".", ".."}:
             raise ValueError(
-                f"run_name={self.run_name!r} names a folder; use letters, digits and . _ + -"
+                f"run_name={shown(self.run_name)} names a folder; use letters, digits and . _ + -"
             )
         return self
 
@@ -468,43 +474,94 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of YAML 1.2, so that `1e-3` is a number and not a string."""
+    """The YAML that a configuration needs: names of numbers, words, and lists of them.
+
+    Numbers are decimal: 010 and 1:30 are words, 1e-3 is a number. A key given twice, an alias, a
+    tag and deep nesting are errors; a date is a word.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+    _MAX_DEPTH = 4
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise self._refusal("anchors and aliases are not read", event)
+        if event.tag is not None:
+            raise self._refusal("tags are not read", event)
+        if self._depth == self._MAX_DEPTH:
+            raise self._refusal(f"nested more than {self._MAX_DEPTH} deep", event)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in mapping.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise self._refusal(f"{shown(key.value)} is given twice", key)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return mapping
+
+    @staticmethod
+    def _refusal(problem: str, at: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes the strings that `_Loader` would take for numbers."""
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"),
-        list("-+.0123456789"),
+for _tag, _text, _first in (
+    ("bool", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+     "yYnNtTfFoO"),
+    ("null", "~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("int", r"[-+]?(0|[1-9]\d{0,39})", "-+0123456789"),
+    ("float", r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)"
+     r"|\.(nan|NaN|NAN)", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_text})$"), list(_first)
     )
+    if _tag == "float":
+        _Dumper.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_text})$"), list(_first)
+        )
+
+MAX_YAML = 64 * 1024  # characters: a configuration has some five thousand
 
 
 def _parse_yaml(text: str, source: str) -> Any:
+    if len(text) > MAX_YAML:
+        raise ConfigError(f"{source}: more than {MAX_YAML:,} characters; a configuration has few")
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not readable as YAML"
-        raise ConfigError(f"{source}{where}: {problem}; fix the YAML") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+        raise ConfigError(
+            f"{source}{where}: {problem or 'not readable as YAML'}; fix the YAML"
+        ) from None
 
 
 def _explain(error: ValidationError, source: str) -> str:
     """The first of pydantic's complaints in one line: key, value, what is allowed."""
-    first = error.errors()[0]
-    key = ".".join(map(str, first["loc"]))
+    first = error.errors(include_url=False)[0]
+    key = one_line(".".join(map(str, first["loc"])), 60)
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, Config.model_fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"keys: {', '.join(Config.model_fields)}"
+        hint = f"did you mean {close[0]}?" if close else "configs/config_v10.yaml lists all"
         return f"{source}: unknown key {key}; {hint}"
     if first["type"] == "missing":
         return f"{source}: {key} is missing; set it to one of {', '.join(TASKS)}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"{source}: {message}" if not key else f"{source}: {key}={first['input']!r} {message}"
+    given = f"{key}={shown(first['input'])} " if key else ""
+    return f"{source}: {given}{message}"
 
 
 def make_config(values: dict[str, Any], source: str = "configuration") -> Config:
@@ -514,7 +571,7 @@ def make_config(values: dict[str, Any], source: str = "configuration") -> Config
         ConfigError: an unknown key, a wrong type or an impossible combination.
     """
     try:
-        return Config(**values)
+        return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
 
@@ -526,8 +583,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable or holds no mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8") as handle:
+            text = handle.read(MAX_YAML + 1)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise ConfigError(f"{path}: {reason}; name a YAML file, as in configs/") from None
     values = _parse_yaml(text, str(path))
@@ -535,7 +593,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: holds no `key: value` lines; see configs/config_v10.yaml")
     not_text = [key for key in values if not isinstance(key, str)]
     if not_text:
-        raise ConfigError(f"{path}: key {not_text[0]!r} is not a name")
+        raise ConfigError(f"{path}: key {shown(not_text[0])} is not a name")
     return values
 
 
@@ -552,12 +610,15 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, list[Any]]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form key=value")
-        source = f"override {override!r}"
-        # A flow sequence splits at the same commas as our list does.
+            raise ConfigError(f"override {shown(override)} is not of the form key=value")
+        source = f"override {shown(override)}"
+        # A flow sequence splits at the same commas as our list does. Its end has a line of its own,
+        # as a comment would hide it.
         parsed[key] = (
-            _parse_yaml(f"[{text}]", source) if "," in text else [_parse_yaml(text, source)]
+            _parse_yaml(f"[{text}\n]", source) if "," in text else [_parse_yaml(text, source)]
         )
+        if not parsed[key]:
+            raise ConfigError(f"{source} holds no value")
     return parsed
 
 
@@ -571,7 +632,7 @@ def single_values(overrides: Sequence[str]) -> dict[str, Any]:
     for key, values in parsed.items():
         if len(values) != 1:
             raise ConfigError(
-                f"{key}={','.join(map(str, values))} holds {len(values)} values, here there can "
+                f"{key}={','.join(map(shown, values))} holds {len(values)} values, here there can "
                 "be one; several are for training"
             )
     return {key: value for key, (value,) in parsed.items()}

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
 from attention.dropout import derive_keys, draw_seed, dropout
+from footprint import check_fits
 from lra_config import PADDING_ID, Config, make_config
 from run import checkpoint
 from run.files import write_json
@@ -111,8 +112,11 @@ class RMAAT(
         Args:
             config: the run; kept, as the weights mean nothing without it.
             vocabulary: at the word level the words in the order of their ids, kept likewise.
+        Raises:
+            ConfigError: the weights would not fit into this machine's memory.
         """
         super().__init__()
+        check_fits(config, training=False)
         self.config = config
         self.vocabulary = None if vocabulary is None else list(vocabulary)
         self.summary: dict[str, Any] | None = None  # of the finished run that was loaded

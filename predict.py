@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from data.packing import DataError, PackedSplit, Tokenizer, load_splits
 from dataloader import collate, evaluation_batches
+from footprint import weight_bytes
 from lra_config import ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
 from run import checkpoint
 from run.checkpoint import CheckpointError
 from run.processes import current_processes
+from run.state import NonFiniteError
+from run.text import shown
 from train import evaluate
 from training.acceleration import resolve_device
 from training.slices import Slices
+
+MAX_LINE = 16 * 2**20  # bytes of an example
 
 
 def load_trained(
@@ -36,30 +41,25 @@ def load_trained(
         CheckpointError: there is none at `path`, or it does not hold a model of ours.
         ConfigError: the configuration asks for another model than the checkpoint's.
     """
-    if path.suffix == ".safetensors":
-        state = checkpoint.load_exported(path)
-    else:
-        state = checkpoint.load(path)
-    if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
-        raise CheckpointError(f"{path}: holds no model and configuration; name a run's best.pt")
-    saved = make_config(state["config"], str(path))
+    state = checkpoint.read(path)
+    saved = make_config(state.config, str(path))
     if config is None:
-        config = make_config({**state["config"], **(overrides or {})}, str(path))
+        config = make_config({**state.config, **(overrides or {})}, str(path))
     for key in Config.keys("model"):
         ours, theirs = getattr(config, key), getattr(saved, key)
         if ours != theirs:
             raise ConfigError(
-                f"{key}={ours!r} but {path} was trained with {key}={theirs!r}; set the same value, "
-                "or leave out --config"
+                f"{key}={shown(ours)} but {path} was trained with {key}={shown(theirs)}; set the "
+                "same value, or leave out --config"
             )
-    model = build_model(config, state.get("vocabulary"))
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+    if weight_bytes(config) > path.stat().st_size:
         raise CheckpointError(
-            f"{path}: its weights are another model's ({reason[:150]}); name another checkpoint"
-        ) from None
+            f"{path}: its weights are another model's (its configuration asks for a larger one); "
+            "name another checkpoint"
+        )
+    model = build_model(config, state.vocabulary)
+    with checkpoint.fitting(path):
+        model.load_state_dict(state.model)
     return model.to(resolve_device(config)).eval()
 
 
@@ -105,6 +105,11 @@ def tokenizer_of(model: RMAAT) -> Tokenizer:
     return WordTokenizer(model.vocabulary)
 
 
+def bounded_lines(handle: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, of which `predict` refuses what is longer than `MAX_LINE`."""
+    return iter(lambda: handle.readline(MAX_LINE + 1), b"")
+
+
 @torch.inference_mode()
 def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[str, Any]]:
     """Classify one example per line, `batch_size` at a time, in the order of the lines.
@@ -140,6 +145,11 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
         )
         batch = collate(split, np.arange(len(chunk)), config, device)
         probabilities = model(batch.tokens, batch.mask).float().softmax(dim=-1)
+        if not bool(probabilities.isfinite().all()):
+            raise NonFiniteError(
+                f"{source}: the model's answer to one of the last {len(chunk)} rows is not finite; "
+                "set precision=float32, or name another checkpoint"
+            )
         for row in probabilities:
             yield {"class": int(row.argmax()), "probabilities": row.tolist()}
 
@@ -153,6 +163,8 @@ def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.n
     Raises:
         ValueError: the line is none of that, or too long.
     """
+    if len(line) > MAX_LINE:
+        raise ValueError(f"has more than {MAX_LINE:,} bytes; cut the line")
     columns = line.split(b"\t") if config.task.tab_separated else [line]
     expected, limit = config.task.num_documents, config.document_len
     if len(columns) != expected:

@@ -181,7 +181,7 @@ def print_evaluation(model: RMAAT) -> None:
 
 
 def print_predictions(model: RMAAT, source: str) -> None:
-    from predict import predict
+    from predict import bounded_lines, predict
     from run.files import named_os_errors
     from run.terminal import OutputLost, print_result
 
@@ -190,7 +190,7 @@ def print_predictions(model: RMAAT, source: str) -> None:
         stack.enter_context(named_os_errors(name))
         lines = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
         try:
-            for prediction in predict(model, lines, name):
+            for prediction in predict(model, bounded_lines(lines), name):
                 print_result(json.dumps(prediction))
         except OutputLost as lost:
             if not lost.reader_gone:  # it has had enough

@@ -8,15 +8,16 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.packing import PackedSplit, Reader, load_splits
+from data.packing import DataError, PackedSplit, Reader, digest, load_splits
 from dataloader import Batch, evaluation_batches, training_batches
+from footprint import check_fits
 from lra_config import Config, ConfigError
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, autocast_dtype, build_model
@@ -31,6 +32,7 @@ from run.state import (
     Interrupted,
     NonFiniteError,
     Progress,
+    Resumable,
     Summary,
     claim_folder,
     claimed,
@@ -47,7 +49,7 @@ from training.acceleration import (
     uses_cuda_graphs,
 )
 from training.diagnostics import inspect_model
-from training.optimizer import build_optimizer, learning_rate_factor
+from training.optimizer import build_optimizer, learning_rate_factor, restore_optimizer
 from training.slices import Slices
 from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
 
@@ -206,7 +208,9 @@ class Trainer:
         reset_peak_memory(self.device)
         state = self.processes.first_alone(lambda: self._claim_folder(resume))
 
-        self.reader, self.splits = self.processes.first_alone(self._load_data)
+        self.reader, self.splits = self.processes.first_alone(lambda: self._load_data(state))
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        check_fits(config, training=True, memory=free)
         seed_everything(config.seed)
         vocabulary = getattr(self.reader.tokenizer, "vocabulary", None)
         self.model = build_model(config, vocabulary).to(self.device)
@@ -221,13 +225,14 @@ class Trainer:
         # device, so that they do not make a step wait for it.
         self.running = torch.zeros(3, dtype=torch.float64, device=self.device)
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if float16 and state["scaler"]:  # it may go on from another device's precision
-                self.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(**state["progress"])
-            if self.is_writer:  # it holds the sums of all processes
-                self.running.copy_(state["running"])
+            with checkpoint.fitting(self.folder / "last.pt"):
+                self.model.load_state_dict(state.model)
+                restore_optimizer(self.optimizer, state.optimizer.state)
+                if float16 and state.scaler:  # it may go on from another device's precision
+                    self.scaler.load_state_dict(state.scaler)
+                if self.is_writer:  # it holds the sums of all processes
+                    self.running.copy_(state.running)
+            self.progress = state.progress
         self.log = RunLog(config, keep_until=self.progress.step) if self.is_writer else None
 
         self.compiled = uses_compile(config, self.device)
@@ -249,14 +254,21 @@ class Trainer:
         """Whether this process writes the run's files."""
         return self.processes.is_first
 
-    def _claim_folder(self, resume: bool) -> dict[str, Any] | None:
+    def _claim_folder(self, resume: bool) -> Resumable | None:
         if self.is_writer:
             return claim_folder(self.config, resume=resume)
         return load_state(self.config) if (self.folder / "last.pt").exists() else None
 
-    def _load_data(self) -> tuple[Reader, dict[str, PackedSplit]]:
+    def _load_data(self, state: Resumable | None) -> tuple[Reader, dict[str, PackedSplit]]:
         reader = open_dataset(self.config)
-        return reader, load_splits(reader)
+        splits = load_splits(reader)
+        self.data_digest = digest(splits)
+        if state is not None and state.data not in (None, self.data_digest):
+            raise DataError(
+                f"{self.config.data_dir}: {self.config.dataset} is not what "
+                f"{self.folder / 'last.pt'} was trained on; restore it, or set another run_name"
+            )
+        return reader, splits
 
     def run(self) -> Summary:
         """Train until `done`, then test once with the weights of the best validation."""
@@ -465,7 +477,8 @@ class Trainer:
             self.folder / "last.pt",
             {**self.model.state(), "optimizer": self.optimizer.state_dict(),
              "scaler": self.scaler.state_dict(), "processes": self.processes.world_size,
-             "progress": dataclasses.asdict(self.progress), "running": self.running},
+             "progress": dataclasses.asdict(self.progress), "running": self.running,
+             "data": self.data_digest},
         )
 
     def finish(self) -> Summary | None:
@@ -479,8 +492,10 @@ class Trainer:
         if not (self.folder / "best.pt").exists():  # ended earlier than the checkpoint it is from
             if not self.validate():
                 return None
-        best = checkpoint.load(self.folder / "best.pt", self.device)
-        self.model.load_state_dict(best["model"])
+        best = self.folder / "best.pt"
+        weights = checkpoint.read(best).model
+        with checkpoint.fitting(best):
+            self.model.load_state_dict(weights)
         slices = Slices(config, self.device)
         metrics = self._evaluate("test", slices)
         if metrics is None:
@@ -494,7 +509,7 @@ class Trainer:
             best_step=progress.best_step,
             steps=progress.step,
             seconds=round(progress.seconds, 1),
-            tokens_per_second=round(progress.tokens / progress.train_seconds),
+            tokens_per_second=round(progress.tokens / max(progress.train_seconds, 1e-9)),
             peak_memory_mib=round(peak_memory_mib(self.device), 1),
             parameters=sum(p.numel() for p in self.model.parameters()),
             seed=config.seed,

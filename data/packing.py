@@ -206,3 +206,15 @@ def _pack(reader: Reader, part: str, folder: Path) -> None:
         np.save(half_done / "labels.npy", np.array(labels, dtype=np.int64))
         write_json(half_done / "info.json", {"skipped": reader.skipped - skipped_before})
         reader.skipped = skipped_before
+
+
+def digest(splits: dict[str, PackedSplit]) -> str:
+    """A fingerprint of what a run trains and tests on: tokens, labels and rows of each split."""
+    tokens = {id(split.tokens): split.tokens for split in splits.values()}  # often shared
+    result = hashlib.sha256()
+    for split in splits.values():
+        for array in (split.starts, split.lengths, split.labels):
+            result.update(np.ascontiguousarray(array).data)
+    for array in tokens.values():
+        result.update(array.data)
+    return result.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from lra_config import Config, ConfigError, make_config, parse_overrides, read_mapping
 
+MAX_RUNS = 1_000
 IN_DEFAULT_NAME = {"dataset", "attention_type", "seed"}  # keys that a null run_name spells out
 
 
@@ -34,6 +36,11 @@ def load_runs(path: str | Path, overrides: Sequence[str]) -> tuple[list[Config],
             raise ConfigError(
                 f"{key}={given}: only keys of what a run computes may hold several values; give one"
             )
+    if (count := math.prod(map(len, parsed.values()))) > MAX_RUNS:
+        raise ConfigError(
+            f"{', '.join(varied)}: their values make {count:,} runs; a sweep has {MAX_RUNS:,} at "
+            "most, give fewer"
+        )
     configs = []
     for chosen in itertools.product(*parsed.values()):
         values = {**base, **dict(zip(parsed, chosen, strict=True))}

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from run.text import one_line
+
+MAX_JSON = 64 * 2**20  # bytes
+
 
 @contextlib.contextmanager
 def named_os_errors(path: str | Path) -> Iterator[None]:
@@ -83,6 +89,36 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with atomic_write(path, "w") as handle:
         handle.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, schema: TypeAdapter) -> Any:
+    """The contents of a JSON file, as the schema has them.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or not what the schema asks for; in one line.
+    """
+    with open(path, "rb") as handle:
+        text = handle.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"has more than {MAX_JSON:,} bytes")
+    return parse_json(text, schema)
+
+
+def parse_json(text: bytes, schema: TypeAdapter) -> Any:
+    """What `read_json` does, for a text."""
+    try:
+        return schema.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(complaint(error)) from None
+
+
+def complaint(error: ValidationError) -> str:
+    """The first of pydantic's complaints: where, and what is asked for."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = one_line(".".join(map(str, first["loc"])), 60)
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return one_line(f"{where} {message}".strip(), 160)
 
 
 def remove(path: Path) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lra_config import Config
-from run.files import atomic_write, named_os_errors
+from pydantic import TypeAdapter
+
+from lra_config import Config, UserError
+from run.files import atomic_write, named_os_errors, parse_json
 from run.terminal import log_line
 from utils import first_line
 
+MAX_LINE = 64 * 1024  # bytes of a row
+ROW = TypeAdapter(dict[str, int | float | None])
 WANDB_TIMEOUT = 30.0  # seconds that the start and the end of a run wait for W&B
+
+
+class LogError(UserError, ValueError):
+    """A `metrics.jsonl` that no run wrote, told in one line."""
 
 
 class RunLog:
@@ -29,7 +38,11 @@ class RunLog:
         self._mirror = WandbMirror(config) if config.wandb else None
 
     def write(self, step: int, **values: Any) -> None:
-        """Append one line; the operating system has it when this returns."""
+        """Append one line; the operating system has it when this returns.
+
+        JSON has no NaN, which a loss in float16 can come to: it becomes null.
+        """
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with named_os_errors(self._path), open(self._path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **values}) + "\n")
         if self._mirror is not None:
@@ -93,9 +106,26 @@ class WandbMirror:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+        OSError: there is none.
+        LogError: a row before the last is none.
+    """
+    path = Path(folder) / "metrics.jsonl"
     rows = []
-    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    with open(path, "rb") as handle:
+        for number in itertools.count(1):
+            line = handle.readline(MAX_LINE)
+            if not line:
+                return rows
+            try:
+                row = parse_json(line, ROW)
+                if not isinstance(row.get("step"), int) or row["step"] < 0:
+                    raise ValueError("holds no step")
+                rows.append(row)
+            except ValueError as error:
+                if line.endswith(b"\n") or len(line) == MAX_LINE:
+                    raise LogError(
+                        f"{path} row {number}: {error}; remove the row, or set another run_name"
+                    ) from None

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from lra_config import Config, ConfigError, UserError, dump_config, load_config, make_config
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from torch import Tensor
+
+from lra_config import (
+    Config,
+    ConfigError,
+    Count,
+    NonNegative,
+    Size,
+    UserError,
+    dump_config,
+    load_config,
+    make_config,
+)
 from run import checkpoint
-from run.files import atomic_write, remove
+from run.files import atomic_write, read_json, remove
 from run.locks import locked
 from run.processes import current_processes
 from run.terminal import log_line
-
-STATE_KEYS = {"model", "optimizer", "scaler", "processes", "progress", "running", "config"}
-
+from run.text import shown
 
 OUT_OF_TIME = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 
@@ -73,21 +84,50 @@ class Summary:
     test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
-@dataclass
+@pydantic_dataclass(config=ConfigDict(strict=True, extra="forbid"))
 class Progress:
     """Where a run stands: all of a checkpoint that is neither model nor optimizer."""
 
-    step: int = 0
-    best_val_accuracy: float = -1.0
-    best_step: int = 0
-    seconds: float = 0.0  # since the start, evaluations included
-    train_seconds: float = 0.0  # of the steps alone, up to the last line of the log
-    tokens: int = 0  # real ones, up to the last line of the log
-    skipped_steps: int = 0  # for a loss or gradient that was not finite
+    step: Count = 0
+    best_val_accuracy: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    best_step: Count = 0
+    seconds: NonNegative = 0.0  # since the start, evaluations included
+    train_seconds: NonNegative = 0.0  # of the steps alone, up to the last line of the log
+    tokens: Count = 0  # real ones, up to the last line of the log
+    skipped_steps: Count = 0  # for a loss or gradient that was not finite
     # Since the last line of the log
-    unlogged_seconds: float = 0.0
-    unlogged_examples: int = 0
+    unlogged_seconds: NonNegative = 0.0
+    unlogged_examples: Count = 0
     validation_due: bool = False  # of this step; a signal came before its end
+
+
+class OptimizerState(BaseModel):
+    """What an optimizer knew of each parameter; its groups are the configuration's."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    state: Annotated[
+        dict[int, Annotated[dict[str, checkpoint.PlainTensor], Field(max_length=10)]],
+        Field(max_length=checkpoint.MAX_TENSORS),
+    ]
+
+
+class Resumable(checkpoint.Trained):
+    """A `last.pt`: all that an unbroken run would have at that step."""
+
+    optimizer: OptimizerState
+    scaler: Annotated[dict[str, float], Field(max_length=10)]
+    processes: Size
+    progress: Annotated[Progress, BeforeValidator(lambda values: Progress(**values))]
+    running: checkpoint.PlainTensor
+    data: Annotated[str, Field(max_length=100)] | None = None  # older ones do not tell
+
+    def tensors(self) -> dict[str, Tensor]:
+        moments = {
+            f"optimizer.{index}.{name}": tensor
+            for index, values in self.optimizer.state.items() for name, tensor in values.items()
+        }
+        return {**self.model, **moments, "running": self.running}
 
 
 @contextlib.contextmanager
@@ -121,30 +161,31 @@ def check_unclaimed(config: Config) -> None:
         )
 
 
-def load_state(config: Config) -> dict[str, Any]:
+def load_state(config: Config) -> Resumable:
     """The state in the run's `last.pt`, on the CPU: an optimizer's step counts must not leave it.
 
     Raises:
         ConfigError: the checkpoint is another configuration's, or of another number of processes.
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is none to go on from.
     """
     last = config.run_dir / "last.pt"
-    state = checkpoint.load(last)
-    if not isinstance(state, dict) or not STATE_KEYS <= state.keys():
+    state = checkpoint.read(last, Resumable)
+    check_resumable(config, make_config(state.config, str(last)), last)
+    if state.progress.step > config.max_steps:
         raise checkpoint.CheckpointError(
-            f"{last}: not a checkpoint that this version goes on from; set another run_name"
+            f"{last}: stands at step {state.progress.step} of max_steps={config.max_steps}; set "
+            "another run_name"
         )
-    check_resumable(config, make_config(state["config"], str(last)), last)
     here = current_processes().world_size
-    if state["processes"] != here:
+    if state.processes != here:
         raise ConfigError(
-            f"{last} was saved by {state['processes']} processes, these are {here}; resume with "
-            "as many"
+            f"{last} was saved by {state.processes} processes, these are {here}; resume with as "
+            "many"
         )
     return state
 
 
-def claim_folder(config: Config, *, resume: bool) -> dict[str, Any] | None:
+def claim_folder(config: Config, *, resume: bool) -> Resumable | None:
     """Make the run's folder, or find the state to resume from in it.
 
     Raises:
@@ -173,7 +214,7 @@ def check_resumable(config: Config, saved: Config, path: Path) -> None:
         ours, theirs = getattr(config, key), getattr(saved, key)
         if key not in may_change and ours != theirs:
             raise ConfigError(
-                f"{key}={ours!r} but {path} was saved with {key}={theirs!r}; "
+                f"{key}={shown(ours)} but {path} was saved with {key}={shown(theirs)}; "
                 "resume with the same value, or set another run_name"
             )
 
@@ -186,8 +227,8 @@ def finished(config: Config) -> Summary | None:
     """
     folder = config.run_dir
     try:
-        summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or of another version: test again
+        summary = read_json(folder / "summary.json", TypeAdapter(Summary))
+    except (OSError, ValueError):  # not there, or of another version: test again
         return None
     if summary.steps < config.last_step and not config.reached(summary.best_val_accuracy):
         return None

@@ -18,8 +18,9 @@ import torch
 
 from data.listops import generate_listops
 from dataloader import Batch
-from lra_config import Config, dump_config, make_config
+from lra_config import Config, UserError, dump_config, make_config
 from model import build_model
+from run.text import LINE_LENGTH
 from train import StepResult
 
 ROOT = Path(__file__).parent.parent
@@ -137,10 +138,20 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
         time.sleep(0.0005)
 
 
+def refusal(function: Callable[..., object], *arguments: object) -> str:
+    """The one printable line by which a call refuses what it was given."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    line = str(caught.value)
+    assert line.isprintable() and 0 < len(line) <= LINE_LENGTH, line
+    return line
+
+
 def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
     """Exit status 2 and one line that holds the words."""
     assert result.returncode == 2, result.stdout + result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.isprintable() and len(line) <= LINE_LENGTH, line
     for word in words:
         assert word in result.stderr, result.stderr
 

@@ -502,4 +502,4 @@ def test_a_gpu_without_memory_left_ends_the_run_with_one_line(tmp_path, monkeypa
 
     monkeypatch.setattr(run_train, "checked_command", lambda _: exhaust)
     result = called(run_train.main, cwd=tmp_path)
-    assert_refused(result, "Tried to allocate 2.00 GiB. lower batch_size")
+    assert_refused(result, "Tried to allocate 2.00 GiB; lower batch_size")

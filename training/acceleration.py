@@ -59,17 +59,24 @@ class OutOfMemory(UserError):
 
 @contextlib.contextmanager
 def told_out_of_memory() -> Iterator[None]:
-    """Say in one line that the device's memory did not suffice.
+    """Say in one line that the device's memory, or the machine's, did not suffice.
 
     Raises:
-        OutOfMemory: in the place of torch's OutOfMemoryError.
+        OutOfMemory: in the place of torch's OutOfMemoryError, of the RuntimeError of its allocator
+            on the CPU, and of numpy's MemoryError.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        what, _, _ = str(error).partition(" GPU ")  # how the allocator's memory is laid out
+    except (RuntimeError, MemoryError) as error:
+        what = str(error) or "out of memory"
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            _, allocator, what = what.partition("DefaultCPUAllocator: ")
+            if not allocator:
+                raise
+        what, _, _ = what.partition(" GPU ")  # how the allocator's memory is laid out
+        what = what.strip().splitlines()[0].partition(". Error code")[0].rstrip(".")
         advice = "lower batch_size, for which accumulate makes up, or raise num_segments"
-        raise OutOfMemory(f"{what} {advice}") from error
+        raise OutOfMemory(f"{what}; {advice}") from error
 
 
 def uses_compile(config: Config, device: torch.device) -> bool:

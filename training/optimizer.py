@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from lra_config import Config
 from model import RMAAT
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW, per parameter
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
@@ -36,3 +40,24 @@ def build_optimizer(model: RMAAT, config: Config) -> torch.optim.AdamW:
         {"params": undecayed, "factor": 1.0, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Take over what an optimizer of the same groups knew of each parameter, by its number.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in state.items():
+        if not 0 <= index < len(parameters) or moments.keys() != MOMENTS:
+            raise ValueError(f"the optimizer's state {index} is none of AdamW's")
+        for name, moment in moments.items():
+            if moment.shape != (() if name == "step" else parameters[index].shape):
+                raise ValueError(f"the optimizer's {name} of parameter {index} has another shape")
+    # Copies: what is read from a checkpoint is mapped from its file.
+    copies = {i: {name: x.clone() for name, x in moments.items()} for i, moments in state.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": copies, "param_groups": groups})
