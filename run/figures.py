@@ -78,7 +78,7 @@ def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
         if not rows:
             raise PlotError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
         for axes, key, scale in ((loss_axes, "loss", 1), (accuracy_axes, "val_accuracy", 100)):
-            points = [(row["step"], scale * row[key]) for row in rows if key in row]
+            points = [(row["step"], scale * row[key]) for row in rows if row.get(key) is not None]
             steps, values = zip(*points, strict=True) if points else ((), ())
             # A marker per row would hide a long curve.
             every = max(1, len(points) // MOST_MARKERS)
