@@ -272,6 +272,8 @@ class Config(BaseModel):
     target_accuracy: Adjustable[Annotated[float, Field(gt=0, le=1)] | None] = None
     # Of a command: save a checkpoint then and leave, for --resume to go on; null: no limit.
     max_minutes: Place[Positive | None] = None
+    # Seconds that processes wait for each other; the others wait while the first one packs.
+    process_timeout: Place[Annotated[float, Field(gt=0, le=10**6)]] = 10_800.0
     learning_rate: Positive = 1e-3
     warmup_steps: Count = 200
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"

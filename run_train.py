@@ -68,26 +68,28 @@ def main() -> int:
 
 
 def command() -> None:
-    carry_out = checked_command(parse_arguments())
+    carry_out, process_timeout = checked_command(parse_arguments())
     for library in ("predict", "experiments.sweep"):  # with torch, which they need
         importlib.import_module(library)
     from run.processes import joined_processes
     from training.acceleration import told_out_of_memory
 
     end_by_exception()
-    with told_out_of_memory(), joined_processes():
+    with told_out_of_memory(), joined_processes(process_timeout):
         carry_out()
 
 
-def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
+def checked_command(arguments: argparse.Namespace) -> tuple[Callable[[], None], float]:
     """What the arguments ask for, its configuration read and validated.
 
+    Returns:
+        What carries it out, and for how many seconds processes wait for each other then.
     Raises:
         ConfigError: they contradict each other, or the configuration is wrong.
         EnvironmentMistake: the environment is none that a launcher leaves.
     """
     from experiments.grid import load_runs
-    from lra_config import ConfigError
+    from lra_config import Config, ConfigError
     from run.environment import launched_processes
 
     several = launched_processes().world_size > 1
@@ -100,9 +102,10 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
         raise ConfigError("--predict works in one process; start it without torchrun")
     if arguments.eval_only or predicts:
         load_model = checked_model(arguments)
+        timeout = Config.model_fields["process_timeout"].default
         if arguments.eval_only:
-            return lambda: print_evaluation(load_model())
-        return lambda: print_predictions(load_model(), arguments.predict)
+            return lambda: print_evaluation(load_model()), timeout
+        return lambda: print_predictions(load_model(), arguments.predict), timeout
     if arguments.checkpoint:
         raise ConfigError(
             "--checkpoint goes with --eval_only or --predict; a run goes on from its own last.pt "
@@ -115,7 +118,7 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.jobs > 1 and several:
         raise ConfigError("--jobs starts processes of its own; start it without torchrun")
     configs, varied = load_runs(arguments.config, arguments.overrides)
-    return lambda: print_training(configs, varied, arguments)
+    return lambda: print_training(configs, varied, arguments), configs[0].process_timeout
 
 
 def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:

@@ -15,11 +15,29 @@ from torch import Tensor
 
 from lra_config import UserError
 from run.environment import launched_processes
+from run.text import one_line
 
 Result = TypeVar("Result")
 
-# The others wait while the first process generates or packs the data.
-TIMEOUT = timedelta(hours=3)
+
+class ProcessLost(UserError):
+    """Another process of the run has ended, or does not answer within `process_timeout`."""
+
+    met_by_all = False
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Raise ProcessLost for what a backend raises where processes do not meet."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # gloo's have no class of their own
+        raise ProcessLost(
+            f"the processes of this run no longer meet ({one_line(error, 120)}); what the others "
+            "say tells why, --resume goes on from the last checkpoint"
+        ) from error
 
 
 class FirstProcessFailed(UserError):
@@ -41,19 +59,20 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            _reduce(values)
         return values
 
     def largest(self, value: int) -> int:
         """The largest `value` of all processes."""
         values = torch.tensor(value)
         if self.world_size > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
+            _reduce(values, dist.ReduceOp.MAX)
         return int(values)
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with _meeting():
+                dist.barrier()
 
     def average_gradients(self, parameters: Sequence[Tensor], extra: Tensor) -> Tensor:
         """Replace every gradient by its mean over the processes, in one reduction.
@@ -68,7 +87,7 @@ class Processes:
             return extra
         parts = [*(p.grad for p in parameters), extra.to(parameters[0].grad)]
         flat = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(flat)
+        _reduce(flat)
         flat /= self.world_size
         means = flat.split([part.numel() for part in parts])
         for part, mean in zip(parts, means, strict=True):
@@ -90,12 +109,19 @@ class Processes:
             except Exception as error:
                 failure = error
         failed = [failure is not None]
-        dist.broadcast_object_list(failed, src=0)
+        with _meeting():
+            dist.broadcast_object_list(failed, src=0)
         if failure is not None:
             raise failure
         if failed[0]:
             raise FirstProcessFailed
         return result if self.is_first else work()
+
+
+@_meeting()
+def _reduce(values: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+    """Reduce `values` over all processes, in place."""
+    dist.all_reduce(values, operation)
 
 
 ALONE = Processes()
@@ -107,8 +133,14 @@ def current_processes() -> Processes:
 
 
 @contextlib.contextmanager
-def joined_processes() -> Iterator[None]:
-    """Join the processes that `torchrun` started: NCCL for CUDA tensors, gloo for the CPU's."""
+def joined_processes(timeout: float) -> Iterator[None]:
+    """Join the processes that `torchrun` started: NCCL for CUDA tensors, gloo for the CPU's.
+
+    Args:
+        timeout: seconds that one waits for another.
+    Raises:
+        ProcessLost: they do not meet.
+    """
     launched = launched_processes()
     if launched.world_size == 1:
         yield
@@ -122,6 +154,7 @@ def joined_processes() -> Iterator[None]:
     # `destroy_process_group`, and a thread that outlives the interpreter aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
 
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    with _meeting():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the others

@@ -500,6 +500,6 @@ def test_a_gpu_without_memory_left_ends_the_run_with_one_line(tmp_path, monkeypa
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
         )
 
-    monkeypatch.setattr(run_train, "checked_command", lambda _: exhaust)
+    monkeypatch.setattr(run_train, "checked_command", lambda _: (exhaust, 1.0))
     result = called(run_train.main, cwd=tmp_path)
     assert_refused(result, "Tried to allocate 2.00 GiB; lower batch_size")

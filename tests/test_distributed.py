@@ -50,7 +50,7 @@ def first_gradients_of_one_rank(rank: int, port: int, config: Config, path: Path
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    with joined_processes():
+    with joined_processes(300):
         first_gradients(config, path)
     # A thread of gloo that outlives the interpreter now and then aborts it.
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
