@@ -43,7 +43,12 @@ from footprint import check_fits
 from lra_config import PADDING_ID, Config, make_config
 from run import checkpoint
 from run.files import write_json
-from utils import ordinal_embedding, periodic_positions, sinusoidal_positions
+from utils import (
+    ordinal_embedding,
+    periodic_positions,
+    sinusoidal_positions,
+    sinusoidal_segments,
+)
 
 __all__ = [
     "ATTENTION", "RMAAT", "AstromorphicAttention", "LinearAttention", "SoftmaxAttention",
@@ -140,6 +145,10 @@ class RMAAT(
                 sinusoids = sinusoidal_positions(torch.arange(L), config.dim, table.dtype)
                 table = config.position_scale * sinusoids
             self.position_table = nn.Parameter(table)
+        elif config.position_embedding == "sinusoidal":
+            waves, turns = sinusoidal_segments(T, self.segment_len, config.dim)
+            self.register_buffer("position_waves", waves, persistent=False)  # (2, S, D) float64
+            self.register_buffer("position_turns", turns, persistent=False)  # (2, T, D) float64
         self.embedding_norm = nn.LayerNorm(config.dim)
         self.dropout = config.dropout
         std = ATTENTION[config.attention_type].memory_std
@@ -186,22 +195,28 @@ class RMAAT(
         positions: Tensor | None = None,
         seed: Tensor | None = None,
         run: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        *,
+        first: int = 0,
+        memory: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Encode segments in order, each from the memory that the one before it left.
 
         Args:
-            segments: the first ones of a sequence, as `split` cuts them.
+            segments: of a sequence, as `split` cuts them.
             positions: what `positions()` returned; None computes them here.
             seed: what `dropout_seed()` returned; None draws one here, if any is needed.
             run: what encodes a segment, `segment` by default.
+            first: the index of the first of them, from 0.
+            memory: what enters it, (B, M, D); None: the learned first memory.
         Yields:
             What `segment` returns: mem_{t+1} (B, M, D) and the share of the read-out (B, D).
         """
         run = run or self.segment
         positions = self.positions() if positions is None else positions
         seed = self.dropout_seed() if seed is None else seed
-        memory = self.initial_memory(len(segments[0].tokens)) if segments else None
-        for index, (tokens, mask) in enumerate(segments):
+        if memory is None and segments:
+            memory = self.initial_memory(len(segments[0].tokens))
+        for index, (tokens, mask) in enumerate(segments, start=first):
             memory, readout = run(tokens, memory, index, mask, positions, seed)
             yield memory, readout
 
@@ -322,9 +337,11 @@ class RMAAT(
         x = dropout(self.embedding_norm(x), self.dropout, embedding_key)
         x = torch.cat([memory, x.to(memory.dtype)], dim=1)  # (B, N, D)
         rows = None if mask is None else F.pad(mask, (M, 0), value=True)  # (B, N)
+        terms = [None] * len(self.layers)
+        if positions is not None:  # a shorter last segment takes the first rows
+            terms = positions[:, :, : x.shape[1]].unbind()  # (H, N, d) each
         for i, layer in enumerate(self.layers):
-            terms = None if positions is None else positions[i, :, : x.shape[1]]  # (H, N, d)
-            x = layer(x, rows, terms, layer_keys[per_layer * i : per_layer * (i + 1)])
+            x = layer(x, rows, terms[i], layer_keys[per_layer * i : per_layer * (i + 1)])
         memory_out = x[:, :M].to(memory.dtype)
         readout = self._read_out(memory_out, x[:, M:], mask)
         next_memory = retention_factor * memory_out
@@ -340,9 +357,9 @@ class RMAAT(
         if self.position_embedding == "learned":
             return self.position_table[start : start + length]
         if self.position_embedding == "sinusoidal":
-            weight = self.token_embedding.weight
-            at = torch.arange(start, start + length, device=weight.device)
-            return sinusoidal_positions(at, weight.shape[1], weight.dtype)
+            waves, turns = self.position_waves[:, :length], self.position_turns[:, index]
+            turned = torch.addcmul(waves[0] * turns[0], waves[1], turns[1])
+            return turned.to(self.token_embedding.weight.dtype)
         if self.position_embedding == "periodic":
             return self.position_code[:length]
         return None

@@ -49,6 +49,7 @@ from training.acceleration import (
     uses_cuda_graphs,
 )
 from training.diagnostics import inspect_model
+from training.gradients import GradientSums, shared_weights
 from training.optimizer import build_optimizer, learning_rate_factor, restore_optimizer
 from training.slices import Slices
 from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
@@ -85,64 +86,64 @@ def bptt_backward(
 
 
 def amrb_backward(
-    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None,
+    kept: int = 1,
 ) -> StepResult:
-    """Add the gradients of the mean loss to `.grad`, holding one segment's activations at a time.
+    """Add the gradients of the mean loss to `.grad`, holding `kept` segments' activations at most.
 
-    The gradients are those of `bptt_backward`. The first pass keeps the T memories (B, M, D) that
-    enter the segments; the backward pass runs each segment again from its memory. The last
-    segment's first run is kept, so a step costs (4T - 1) / (3T) of BPTT's arithmetic.
+    The gradients are those of `bptt_backward`. The first pass keeps the memories (B, M, D) that
+    enter the segments, and the activations of the last `kept` ones; the backward pass runs each
+    other segment again from its memory. With k of T segments kept a step costs
+    (4T - k) / (3T) of BPTT's arithmetic.
 
     Args:
         batch: tokens (B, L), mask (B, L) or None, labels (B,).
         scale: factor on the gradients, for accumulation and for float16.
         seed: of the dropout masks; None draws one, if any is needed.
+        kept: at least 1, the algorithm as published but for the last segment's second run.
     Source: RMAAT, astrocytic memory replay backpropagation.
     """
     segments, mask = model.split(batch.tokens, batch.mask)
-    last = len(segments) - 1
+    replayed = max(len(segments) - kept, 0)
     initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
     positions = model.positions()
+    shared = None if positions is None else _leaf(positions)
     if seed is None:
         seed = model.dropout_seed()  # one for both passes: the replay drops what the first one did
     # All that stays over the segments is allocated before them: small tensors that stay, strewn
     # between activations that go, would leave the heap full of holes.
     B, M, D = initial_memory.shape
-    replay_buffer = initial_memory.new_empty(last + 1, B, M, D)
-    readouts = initial_memory.new_empty(last + 1, B, D)
-    shared = None
-    if positions is not None:
-        # Every replay adds its gradient here; one backward through `positions()` takes the sum on.
-        shared = _leaf(positions)
-        shared.grad = torch.zeros_like(shared)
+    replay_buffer = initial_memory.new_empty(replayed + 1, B, M, D)
+    readouts = initial_memory.new_empty(len(segments), B, D)
 
-    def run(index: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, segment_mask = segments[index]
-        return model.segment(tokens, memory, index, segment_mask, shared, seed)
+    def run(first: int, last: int, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return model.recur(segments[first:last], shared, seed, first=first, memory=memory)
 
-    replay_buffer[0] = initial_memory.detach()
-    with torch.no_grad():
-        for index, passed in enumerate(model.recur(segments[:last], shared, seed)):
-            replay_buffer[index + 1], readouts[index] = passed
-    memory_in = _leaf(replay_buffer[last])
-    _, readout = run(last, memory_in)
-    readouts[last] = readout.detach()
+    with shared_weights(model) as weights:
+        gradients = GradientSums([*weights, *([] if shared is None else [(positions, shared)])])
+        replay_buffer[0] = initial_memory.detach()
+        with torch.no_grad():
+            for index, passed in enumerate(run(0, replayed, replay_buffer[0])):
+                replay_buffer[index + 1], readouts[index] = passed
+        memory_in = _leaf(replay_buffer[replayed])
+        held = [readout for _, readout in run(replayed, len(segments), memory_in)]
+        readouts[replayed:] = torch.stack(held).detach()
 
-    readouts = _leaf(readouts)
-    logits = model.head(model.combine(readouts.unbind(0), mask))
-    loss = F.cross_entropy(logits, batch.labels)
-    (scale * loss).backward()
+        readouts = _leaf(readouts)
+        logits = model.head(model.combine(readouts.unbind(0), mask))
+        loss = F.cross_entropy(logits, batch.labels)
+        readout_grads = gradients.add([scale * loss], None, readouts).unbind(0)  # T of (B, D)
 
-    torch.autograd.backward(readout, readouts.grad[last])
-    for index in reversed(range(last)):
-        memory_grad = memory_in.grad  # of mem_{t+1}, (B, M, D)
-        memory_in = _leaf(replay_buffer[index])
-        memory_out, readout = run(index, memory_in)
-        # One call for both paths: two would need the graph twice.
-        torch.autograd.backward([readout, memory_out], [readouts.grad[index], memory_grad])
-    torch.autograd.backward(initial_memory, memory_in.grad)
-    if positions is not None:
-        torch.autograd.backward(positions, shared.grad)
+        memory_grad = gradients.add(held, readout_grads[replayed:], memory_in)
+        del held
+        for index in reversed(range(replayed)):
+            memory_in = _leaf(replay_buffer[index])
+            memory_out, readout = next(run(index, index + 1, memory_in))
+            # One call for both paths: two would need the graph twice.
+            memory_grad = gradients.add(
+                [readout, memory_out], [readout_grads[index], memory_grad], memory_in
+            )
+    gradients.send_on((initial_memory, memory_grad))
     return StepResult(loss.detach(), logits.detach())
 
 

@@ -34,6 +34,29 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
 
 
+def sinusoidal_segments(
+    num_segments: int, segment_len: int, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Two factors of the sinusoidal embeddings of T S positions, without a table of them.
+
+    Position t S + i turns every wave at i by the angle of t S, so that its embedding is
+    waves[0, i] * turns[0, t] + waves[1, i] * turns[1, t].
+
+    Args:
+        num_segments: T.
+        segment_len: S, in tokens.
+    Returns:
+        waves (2, S, dim) and turns (2, T, dim), float64.
+    """
+    def at(positions: Tensor) -> list[Tensor]:
+        return sinusoidal_positions(positions, dim, torch.float64).chunk(2, dim=-1)
+
+    sin, cos = at(torch.arange(segment_len))
+    waves = torch.stack([torch.cat([sin, cos], dim=-1), torch.cat([cos, -sin], dim=-1)])
+    sin, cos = at(segment_len * torch.arange(num_segments))
+    return waves, torch.stack([cos.repeat(1, 2), sin.repeat(1, 2)])
+
+
 def periodic_positions(positions: Tensor, dim: int, period: int) -> Tensor:
     """Position code of waves that fit whole into `period`, in the first half of the features.
 

@@ -6,18 +6,15 @@ quarters of the attention's time on a CPU.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention.equations import (
-    Terms,
-    astromorphic_response,
-    inverse_calcium,
-    presynaptic_plasticity,
-)
+from attention.equations import Terms, astromorphic_response
 from attention.heads import join_heads, split_heads
 
 
@@ -35,63 +32,107 @@ def respond(
     Returns:
         The heads' responses, (B, N, D).
     """
-    # The compiler fuses the plain form itself; mixed precision keeps C in float32.
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(qkv.device.type):
-        q, k, v = split_heads(qkv, num_heads, num_hidden)
-        return join_heads(astromorphic_response(q, k, v, mask, positions, terms))
-    return FusedResponse.apply(qkv, num_heads, num_hidden, mask, positions, terms)
+    # The compiler fuses the plain form itself.
+    form = plain_response if torch.compiler.is_compiling() else FusedResponse.apply
+    return form(qkv, num_heads, num_hidden, mask, positions, terms)
+
+
+def plain_response(
+    qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None, positions: Tensor | None,
+    terms: Terms,
+) -> Tensor:
+    """`respond` by the equations, differentiated by autograd."""
+    q, k, v = split_heads(qkv, num_heads, num_hidden)
+    return join_heads(astromorphic_response(q, k, v, mask, positions, terms))
+
+
+def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep mixed precision out of a node's method, whose first tensor is its second argument."""
+
+    @functools.wraps(function)
+    def call(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(ctx, x, *rest)
+
+    return call
+
+
+def _split_qk(qkv: Tensor, num_heads: int, num_hidden: int) -> tuple[Tensor, Tensor]:
+    """Views of queries and keys in one, (2, B, H, N, m), and of values, (B, H, N, d)."""
+    qk, v = qkv.tensor_split([2 * num_heads * num_hidden], dim=-1)
+    qk = qk.unflatten(-1, (2, num_heads, num_hidden)).permute(2, 0, 3, 1, 4)
+    return qk, v.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class FusedResponse(torch.autograd.Function):
     """`respond` as one node of the graph.
 
     It keeps phi(Q), phi(K), V and the responses; autograd through the plain form keeps a copy of
-    almost every intermediate, of the strided heads once per product too.
+    almost every intermediate, of the strided heads once per product too. In a lower precision C
+    and P are float32, as in the plain form.
     """
 
     @staticmethod
+    @_in_own_precision
     def forward(
         ctx: Any, qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None,
         positions: Tensor | None, terms: Terms,
     ) -> Tensor:
-        q, k, v = (  # ours to overwrite
+        qk, v = (  # ours to overwrite
             x.clone(memory_format=torch.contiguous_format)
-            for x in split_heads(qkv, num_heads, num_hidden)
+            for x in _split_qk(qkv, num_heads, num_hidden)
         )
-        for x in (q, k):
-            positive = x.clamp(min=0)
-            x.clamp_(max=0).exp_().add_(positive)  # phi
+        positive = qk.clamp(min=0)
+        qk.clamp_(max=0).exp_().add_(positive)  # phi
+        q, k = qk
         if mask is not None:
             k *= mask[:, None, :, None]
             v *= mask[:, None, :, None]
 
-        keys = k if positions is None else k + positions
+        keys = k
+        if positions is not None:
+            ctx.positions_dtype = positions.dtype
+            positions = positions.to(k.dtype)
+            keys = k + positions
         hebbian = (keys.mT @ v).div_(terms.scale)
         if terms.sigmoid:
             hebbian.sigmoid_()
-        inverse = inverse_calcium(q, k, terms.alpha) if terms.normalize else q.new_ones(())
+        response = q @ hebbian
+        total = inverse = None
         B, H, N, d = v.shape
-        output = q.new_empty(B, N, H * d)
-        torch.mul(q @ hebbian, inverse, out=output.unflatten(-1, (H, d)).transpose(1, 2))
+        output = qkv.new_empty(B, N, H * d)
+        heads = output.unflatten(-1, (H, d)).transpose(1, 2)
+        if terms.normalize:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            total = k.sum(dim=2, dtype=wide)  # (B, H, m)
+            # g without a guard: 0^alpha is 0, and only its slope is not.
+            calcium = q.to(wide) @ total.pow(terms.alpha)[..., None]
+            inverse = calcium.reciprocal().masked_fill_(calcium == 0, 0)  # P
+            torch.mul(response, inverse.to(response.dtype), out=heads)
+        else:
+            heads.copy_(response)
 
-        ctx.save_for_backward(q, k, v, mask, positions, hebbian, inverse, output)
+        ctx.save_for_backward(qk, v, mask, positions, hebbian, total, inverse, output)
         ctx.terms = terms
         return output
 
     @staticmethod
     @once_differentiable
+    @_in_own_precision
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, positions, hebbian, inverse, output = ctx.saved_tensors
+        qk, v, mask, positions, hebbian, total, inverse, output = ctx.saved_tensors
+        q, k = qk
         terms: Terms = ctx.terms
         B, H, N, d = v.shape
-        grad_response = grad_output.unflatten(-1, (H, d)).transpose(1, 2)
-        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        m = q.shape[-1]
+        grad_heads = grad_output.unflatten(-1, (H, d)).transpose(1, 2)
+        grad_qk, grad_v, grad_response = (torch.empty_like(x) for x in (qk, v, v))
+        grad_q, grad_k = grad_qk
 
         if terms.normalize:
-            # The response is proportional to P = 1 / C, so that dC = -<dR, R> P.
-            response = output.unflatten(-1, (H, d)).transpose(1, 2)
-            grad_calcium = (grad_response * response).sum(-1, keepdim=True).mul_(inverse).neg_()
-        grad_response = grad_response * inverse
+            torch.mul(grad_heads, inverse.to(v.dtype), out=grad_response)
+        else:
+            grad_response.copy_(grad_heads)
 
         # Read
         torch.matmul(grad_response, hebbian.mT, out=grad_q)
@@ -103,20 +144,23 @@ class FusedResponse(torch.autograd.Function):
         # Write
         torch.matmul(v, grad_hebbian.mT, out=grad_k)
         torch.matmul(k if positions is None else k + positions, grad_hebbian, out=grad_v)
-        grad_positions = grad_k.sum(0) if ctx.needs_input_grad[4] else None
+        grad_positions = None
+        if ctx.needs_input_grad[4]:
+            grad_positions = grad_k.sum(0, dtype=ctx.positions_dtype)
 
         if terms.normalize:
-            total = k.sum(dim=2)  # (B, H, m)
-            slope = terms.alpha * presynaptic_plasticity(total, terms.alpha - 1)
-            grad_total = slope[:, :, None] * (grad_calcium.mT @ q)  # (B, H, 1, m)
-            grad_q.addcmul_(grad_calcium, presynaptic_plasticity(total, terms.alpha)[:, :, None])
-            grad_k += grad_total
-        grad_q *= q.clamp(max=1)  # phi' = min(phi, 1), which is 0 at masked keys
-        grad_k *= k.clamp(max=1)
+            # The response is proportional to P = 1 / C, so that dC = -<dR, R> P.
+            response = output.unflatten(-1, (H, d)).transpose(1, 2)
+            grad_calcium = (grad_heads * response).sum(-1, keepdim=True, dtype=inverse.dtype)
+            grad_calcium.mul_(inverse).neg_()
+            slope = total.pow(terms.alpha - 1).mul_(terms.alpha).masked_fill_(total == 0, 0)
+            grad_total = slope[:, :, None] * (grad_calcium.mT @ q.to(inverse.dtype))
+            grad_q.addcmul_(grad_calcium, total.pow(terms.alpha)[:, :, None])
+            grad_k += grad_total  # (B, H, 1, m)
+        grad_qk *= qk.clamp(max=1)  # phi' = min(phi, 1), which is 0 at masked keys
         if mask is not None:
             grad_v *= mask[:, None, :, None]
-        m = q.shape[-1]
         grad_qkv = grad_output.new_empty(B, N, H * (2 * m + d))
-        for part, grad in zip(split_heads(grad_qkv, H, m), (grad_q, grad_k, grad_v), strict=True):
+        for part, grad in zip(_split_qk(grad_qkv, H, m), (grad_qk, grad_v), strict=True):
             part.copy_(grad)
         return grad_qkv, None, None, None, grad_positions, None

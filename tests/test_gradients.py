@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 
 import pytest
@@ -16,10 +17,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 LENGTHS = [48, 3, 30, 0]
 
 
-def worst_difference(config, dtype, batch) -> float:
+def worst_difference(config, dtype, batch, kept: int = 1) -> float:
     """Between AMRB's gradients and BPTT's, by `largest_difference`."""
     expected, bptt = gradients_of(config, bptt_backward, batch, dtype)
-    actual, amrb = gradients_of(config, amrb_backward, batch, dtype)
+    amrb_keeping = functools.partial(amrb_backward, kept=kept)
+    actual, amrb = gradients_of(config, amrb_keeping, batch, dtype)
     torch.testing.assert_close(amrb.logits, bptt.logits)
     torch.testing.assert_close(amrb.loss, bptt.loss)
     return largest_difference(actual, expected)
@@ -44,6 +46,19 @@ def test_amrb_gradients_equal_bptt(attention, pooling, T, M):
         )
         batch = tiny_batch(config, LENGTHS if padded else None)
         assert worst_difference(config, torch.float64, batch) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "memory"])
+@pytest.mark.parametrize("attention", ["astro", "softmax", "linear", "nystrom", "luna"])
+def test_gradients_do_not_depend_on_what_is_kept_and_what_replayed(attention, pooling):
+    config = tiny_config(
+        max_seq_len=48, attention_type=attention, pooling=pooling, dropout=0.3
+    )
+    for kept, lengths in itertools.product((2, 3, 4, 9), (LENGTHS, None, [20, 7])):
+        batch = tiny_batch(config, lengths)
+        if lengths == [20, 7]:  # ends inside the second segment
+            batch = batch._replace(tokens=batch.tokens[:, :20], mask=batch.mask[:, :20])
+        assert worst_difference(config, torch.float64, batch, kept) <= TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -131,6 +146,10 @@ def test_activations_are_those_of_one_segment_whatever_their_number():
 
     assert peak(amrb_backward, 32) < 1.2 * peak(amrb_backward, 2)
     assert peak(bptt_backward, 32) > 12 * peak(bptt_backward, 2)
+    one, four, all_ = (
+        peak(functools.partial(amrb_backward, kept=kept), 16) for kept in (1, 4, 16)
+    )
+    assert 3 * one < four < 4.2 * one and all_ > 12 * one
 
 
 @pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])

@@ -6,11 +6,17 @@ the paper changing its meaning.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import reference
 import torch
 from torch import Tensor
 
+from attention import astromorphic, baselines
+from attention.fused import plain_response
 from dataloader import Batch
 from lra_config import Config, make_config
 from model import RMAAT, build_model
@@ -96,3 +102,12 @@ def close(actual: Numbers, expected: Numbers, tolerance: float = 1e-9) -> None:
         for value in (actual, expected)
     )
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=False)
+
+
+@contextlib.contextmanager
+def plain_form() -> Iterator[None]:
+    """The response by the equations themselves, in the place of its written-out gradient."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (astromorphic, baselines):
+            patch.setattr(module, "respond", plain_response)
+        yield

@@ -14,6 +14,7 @@ from cases import (
     POOLINGS,
     arrays,
     close,
+    plain_form,
     small_batch,
     small_config,
     small_model,
@@ -99,11 +100,11 @@ def test_amrb_leaves_the_gradients_of_bptt_whatever_is_switched(change):
         close(actual[name], value, 1e-10)
 
 
-@pytest.mark.parametrize("num_segments", [1, 2, 6])
+@pytest.mark.parametrize(("num_segments", "kept"), [(1, 1), (2, 1), (6, 1), (6, 4), (2, 3)])
 def test_every_segment_runs_once_without_and_once_with_gradients_but_for_the_last(
-    monkeypatch, num_segments
+    monkeypatch, num_segments, kept
 ):
-    """So that a step costs at most (4T - 1) / (3T) of BPTT: 2T - 1 forward passes, T backward."""
+    """So that a step costs (4T - k) / (3T) of BPTT: 2T - k forward passes, T backward."""
     runs = []
     segment = RMAAT.segment
 
@@ -112,9 +113,21 @@ def test_every_segment_runs_once_without_and_once_with_gradients_but_for_the_las
         return segment(self, tokens, memory, index, *rest)
 
     monkeypatch.setattr(RMAAT, "segment", recorded)
-    gradients(small_config(num_segments=num_segments), amrb_backward, masks=False)
+    gradients(small_config(num_segments=num_segments), amrb_backward, masks=False, kept=kept)
     T = num_segments
-    assert runs == [(t, False) for t in range(T - 1)] + [(t, True) for t in reversed(range(T))]
+    replayed = range(T - min(kept, T))
+    assert runs == [
+        *((t, False) for t in replayed), *((t, True) for t in range(len(replayed), T)),
+        *((t, True) for t in reversed(replayed)),
+    ]
+
+
+@pytest.mark.parametrize("kept", [2, 6])
+def test_kept_segments_change_no_gradient(kept):
+    config = small_config(num_segments=6, dropout=0.3)
+    expected, actual = gradients(config, bptt_backward), gradients(config, amrb_backward, kept=kept)
+    for name, value in expected.items():
+        close(actual[name], value, 1e-10)
 
 
 class HeldBytes:
@@ -190,10 +203,9 @@ def test_two_steps_drop_different_things_and_a_seed_repeats_them(backward):
 
 @BACKWARDS
 def test_both_forms_of_the_response_give_the_same_gradients(backward):
-    """Mixed precision takes the plain form and leaves doubles as they are."""
     config = small_config(dropout=0.3)
     results = []
-    for form in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+    for form in (contextlib.nullcontext(), plain_form()):
         with form:
             results.append(gradients(config, backward))
     for name, value in results[0].items():

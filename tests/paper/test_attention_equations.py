@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import arrays, close, shaken, small_config, small_model
+from cases import arrays, close, plain_form, shaken, small_config, small_model
 
 from attention import AstromorphicAttention
 
@@ -26,13 +26,6 @@ BY_HAND = {"dim": 2, "num_heads": 1, "num_memory_tokens": 0, "max_seq_len": 2, "
 
 def s(x: float) -> float:
     return 1 / (1 + math.exp(-x))
-
-
-@contextlib.contextmanager
-def plain_form():
-    """Mixed precision takes the plain form; it leaves doubles as they are."""
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
 
 
 FORMS = pytest.mark.parametrize("form", [contextlib.nullcontext, plain_form])
