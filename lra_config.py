@@ -226,6 +226,9 @@ class Config(BaseModel):
     num_memory_tokens: Model[Count] = 1  # M; 0 is the no-memory ablation
     astro_mem: Model[bool] = True  # retention factor on the memory (paper); false: all are 1
     memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
+    # Of the T segments AMRB replays all (paper), all but those whose activations fit into memory
+    # (auto), or so many; the others' activations are kept. The gradients are the same.
+    replay_segments: Manner[Literal["all", "auto"] | Count] = "all"
 
     # Encoder
     attention_type: Model[Literal["astro", "softmax", "linear", "nystrom", "luna"]] = "astro"
@@ -281,7 +284,8 @@ class Config(BaseModel):
     grad_clip: NonNegative = 1.0  # global norm; 0: off
     eval_interval: Adjustable[Size] = 250
     log_interval: Manner[Size] = 10
-    checkpoint_interval: Manner[Size] = 50
+    checkpoint_seconds: Manner[Positive] = 30.0
+    checkpoint_interval: Manner[Size | None] = None  # steps; null: by checkpoint_seconds
     on_nonfinite: Adjustable[Literal["stop", "skip"]] = "stop"  # at a loss that is not finite
     seed: Count = 0
     device: Annotated[
@@ -349,6 +353,17 @@ class Config(BaseModel):
             raise ValueError(
                 f"embedding_path holds word vectors and dataset={self.dataset} has no words; "
                 "use it with imdb or imdb_long"
+            )
+        sequence_segments = self.num_segments // self.num_sequences
+        if isinstance(self.replay_segments, int) and self.replay_segments >= sequence_segments:
+            raise ValueError(
+                f"replay_segments={self.replay_segments} of {sequence_segments} segments: the last "
+                f"is never run again; use all, auto, or 0 to {sequence_segments - 1}"
+            )
+        if self.replay_segments != "all" and not self.memory_replay_backprop:
+            raise ValueError(
+                f"replay_segments={self.replay_segments} is of AMRB, and "
+                "memory_replay_backprop=False; set replay_segments=all"
             )
         if self.dim % self.num_heads:
             raise ValueError(

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,15 +42,17 @@ from run.state import (
 )
 from run.terminal import log_line
 from training.acceleration import (
+    Graphed,
     GraphedBackward,
+    choose_manner,
     compile_model,
     resolve_device,
-    uses_compile,
     uses_cuda_graphs,
 )
 from training.diagnostics import inspect_model
 from training.gradients import GradientSums, shared_weights
 from training.optimizer import build_optimizer, learning_rate_factor, restore_optimizer
+from training.replay import BudgetedReplay
 from training.slices import Slices
 from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
 
@@ -159,25 +161,36 @@ class Metrics(NamedTuple):
     examples: int
 
 
+def score(
+    model: RMAAT, batch: Batch, scale: float = 1.0, seed: Tensor | None = None
+) -> StepResult:
+    """The mean loss and the logits of a batch, without gradients."""
+    with shared_weights(model):
+        logits = model(batch.tokens, batch.mask, seed)
+    return StepResult(scale * F.cross_entropy(logits, batch.labels), logits)
+
+
 @torch.inference_mode()
 def evaluate(
     model: RMAAT,
     batches: Iterable[Batch],
     processes: Processes = ALONE,
     slices: Slices | None = None,
+    score: Callable[..., StepResult] = score,
 ) -> Metrics:
     """Loss and accuracy over all examples of `batches`, without dropout.
 
     Args:
         processes: those over which the examples are spread.
         slices: counts the correct answers of this process as well.
+        score: what scores a batch.
     """
     training = model.training
     model.eval()
     device = model.memory.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, examples
     for batch in batches:
-        logits = model(batch.tokens, batch.mask)
+        logits = score(model, batch).logits
         totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
         correct = logits.argmax(dim=-1) == batch.labels
         totals[1] += correct.sum()
@@ -220,7 +233,15 @@ class Trainer:
             for token, vector in vectors.items():
                 self.model.token_embedding.weight.data[token] = torch.from_numpy(vector)
         self.optimizer = build_optimizer(self.model, config)
-        float16 = autocast_dtype(config.precision, self.device) == torch.float16
+        parameters = sum(p.numel() for p in self.model.parameters())
+        # Checkpoints from before the choice existed are of float32 where nothing was asked for.
+        begun = None if state is None else state.precision or "float32"
+        manner = choose_manner(config, self.device, parameters, begun)
+        if manner.why:
+            form = "compiled" if manner.compile else "eager"
+            log_line(f"{manner.precision}, {form}: {manner.why}")
+        self.model.precision = manner.precision
+        float16 = autocast_dtype(manner.precision, self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
         # Sums of loss, correct answers and real tokens since the last line of the log; on the
         # device, so that they do not make a step wait for it.
@@ -236,7 +257,7 @@ class Trainer:
             self.progress = state.progress
         self.log = RunLog(config, keep_until=self.progress.step) if self.is_writer else None
 
-        self.compiled = uses_compile(config, self.device)
+        self.compiled = manner.compile
         self.graphed = uses_cuda_graphs(config, self.device)
         self.steps = training_batches(
             self.splits["train"], config, self.device, self.progress.step, self.processes,
@@ -244,11 +265,15 @@ class Trainer:
         )
         self.upcoming = next(self.steps)  # the batches of the next step
         self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
-        if self.compiled:
-            compile_model(self.model, self.backward, self.upcoming[0])
+        self.score = score
+        if self.compiled and not compile_model(self.model, self.backward, self.upcoming[0]):
+            if config.precision == "auto" and self.device.type == "cpu" and begun is None:
+                self.model.precision = "float32"  # eager bfloat16 is slower
         if self.graphed:
-            self.backward = GraphedBackward(self.backward)
-        self._lap_start = time.perf_counter()
+            self.backward, self.score = GraphedBackward(self.backward), Graphed(self.score)
+        if config.replay_segments != "all":
+            self.backward = BudgetedReplay(self.backward, config)
+        self._lap_start = self._saved_at = time.perf_counter()
 
     @property
     def is_writer(self) -> bool:
@@ -282,9 +307,11 @@ class Trainer:
         self._lap()
         with bar, caught_signals() as self.signals:
             while not self.done:
-                interrupted = False
+                interrupted = is_due = False
                 if not progress.validation_due:  # as a signal during a validation leaves it
-                    interrupted = self.train_step(interrupted=bool(self._leaving_status()))
+                    interrupted, is_due = self.train_step(
+                        interrupted=bool(self._leaving_status()), is_due=self._checkpoint_is_due()
+                    )
                     progress.unlogged_seconds += self._lap()
                     bar.update()
                     step, last = progress.step, progress.step == config.last_step
@@ -295,7 +322,7 @@ class Trainer:
                 step = progress.step
                 if progress.validation_due and not interrupted:
                     interrupted = not self.validate()
-                if step % config.checkpoint_interval == 0 or self.done or interrupted:
+                if is_due or self.done or interrupted:
                     self.save()
                 if interrupted:  # they all leave, for one reason, once the checkpoint is whole
                     raise Interrupted(self.processes.largest(self._leaving_status()), step)
@@ -320,13 +347,21 @@ class Trainer:
             return 128 + self.signals[0]
         return OUT_OF_TIME if time.monotonic() >= self.stop_at else 0
 
-    def train_step(self, *, interrupted: bool = False) -> bool:
+    def _checkpoint_is_due(self) -> bool:
+        """After the step that comes next."""
+        interval = self.config.checkpoint_interval
+        if interval is not None:
+            return (self.progress.step + 1) % interval == 0
+        return time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds
+
+    def train_step(self, *, interrupted: bool = False, is_due: bool = False) -> tuple[bool, bool]:
         """One optimizer step over the upcoming batches.
 
         Args:
             interrupted: this process is to leave.
+            is_due: a checkpoint should follow, by this process's clock.
         Returns:
-            Whether any is.
+            Whether any is to leave, and whether any wants a checkpoint.
         Raises:
             NonFiniteError: the loss or the gradient is not finite, and `on_nonfinite` is stop.
         """
@@ -344,12 +379,12 @@ class Trainer:
 
         loss = torch.stack([result.loss for result in results]).mean()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        loss, signals = self.processes.average_gradients(
-            parameters, torch.stack([loss, torch.full_like(loss, interrupted)])
-        )
+        flags = [torch.full_like(loss, flag) for flag in (interrupted, is_due)]
+        loss, *flags = self.processes.average_gradients(parameters, torch.stack([loss, *flags]))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-        loss, norm, signals = torch.stack([loss, norm.to(loss), signals]).tolist()
+        # The one wait for the device in a step: weights are not touched by a sick one.
+        loss, norm, *flags = torch.stack([loss, norm.to(loss), *flags]).tolist()
         self.gradient_norm = norm
         # The overflows of float16 are the scaler's: it leaves their steps out and scales less.
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
@@ -359,16 +394,19 @@ class Trainer:
             self._report_nonfinite(learning_rate, loss, norm)
         self.scaler.update()
         progress.step += 1
-        return signals > 0
+        return flags[0] > 0, flags[1] > 0
 
     def _count(self, batches: Sequence[Batch], results: Sequence[StepResult]) -> None:
         """Add a step to the sums of the log."""
         for batch, result in zip(batches, results, strict=True):
             correct = (result.logits.argmax(dim=-1) == batch.labels).sum()
-            tokens = batch.tokens.numel() if batch.mask is None else batch.mask.sum()
+            # A fill: a number that is copied there would wait for the device.
+            tokens = result.loss.new_full((), batch.tokens.numel(), dtype=torch.float64)
+            if batch.mask is not None:
+                tokens = batch.mask.sum().double()
             self.running += torch.stack([
                 result.loss.double() * len(batch.labels), correct.double(),
-                torch.as_tensor(tokens, dtype=torch.float64, device=self.device),
+                tokens,
             ])
             self.progress.unlogged_examples += len(batch.labels) * self.processes.world_size
 
@@ -465,6 +503,7 @@ class Trainer:
         Raises:
             NonFiniteError: a weight is not finite; the previous checkpoint stays.
         """
+        self._saved_at = time.perf_counter()
         self.processes.sum(self.running)
         if not self.is_writer:
             self.running.zero_()
@@ -477,6 +516,7 @@ class Trainer:
         checkpoint.save(
             self.folder / "last.pt",
             {**self.model.state(), "optimizer": self.optimizer.state_dict(),
+             "precision": self.model.precision,
              "scaler": self.scaler.state_dict(), "processes": self.processes.world_size,
              "progress": dataclasses.asdict(self.progress), "running": self.running,
              "data": self.data_digest},
@@ -542,9 +582,11 @@ class Trainer:
         """The metrics of a split; None if a signal came before the end, to any process."""
         batches = evaluation_batches(
             self.splits[split], self.config, self.device, self.processes,
-            whole_segments=self.compiled,
+            whole_segments=self.compiled or self.graphed,
         )
-        metrics = evaluate(self.model, self._until_signal(batches), self.processes, slices)
+        metrics = evaluate(
+            self.model, self._until_signal(batches), self.processes, slices, self.score
+        )
         return None if self.processes.largest(len(self.signals)) else metrics
 
     def _until_signal(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -143,6 +143,24 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can still take; 0 where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not sys.platform.startswith("linux"):
+        return 0
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")  # of a container
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = (group / "memory.stat").read_text().splitlines()
+        cache = next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
+        free = min(free, limit - used + cache)
+    return max(free, 0)
+
+
 def _resident_mib(field: str) -> float:
     """A figure of Linux' account of this process: VmRSS now, VmHWM at its highest."""
     lines = Path("/proc/self/status").read_text().splitlines()

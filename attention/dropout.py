@@ -22,8 +22,12 @@ def mix(x: Tensor) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed () int64 from torch's global random state of `device`."""
-    return torch.randint(2**_BITS, (), device=device)
+    """A seed () int64 on `device` from the CPU's global random state.
+
+    A CUDA generator would be left unusable by a failed capture, and a copy would wait for the
+    device: the drawn number travels as the argument of a fill.
+    """
+    return torch.full((), int(torch.randint(2**_BITS, ())), device=device)
 
 
 def derive_keys(seed: Tensor, first: int, count: int) -> Tensor:

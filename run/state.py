@@ -120,6 +120,7 @@ class Resumable(checkpoint.Trained):
     processes: Size
     progress: Annotated[Progress, BeforeValidator(lambda values: Progress(**values))]
     running: checkpoint.PlainTensor
+    precision: Annotated[str, Field(max_length=10)] | None = None  # as above
     data: Annotated[str, Field(max_length=100)] | None = None  # older ones do not tell
 
     def tensors(self) -> dict[str, Tensor]:

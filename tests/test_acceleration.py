@@ -15,7 +15,13 @@ from run.log import read_metrics
 from run.state import NonFiniteError
 from train import Trainer, amrb_backward, bptt_backward, train
 from training import acceleration
-from training.acceleration import GraphedBackward, compile_model, uses_compile, uses_cuda_graphs
+from training.acceleration import (
+    GraphedBackward,
+    Manner,
+    choose_manner,
+    compile_model,
+    uses_cuda_graphs,
+)
 from training.diagnostics import inspect_model
 
 CPU = torch.device("cpu")
@@ -47,10 +53,36 @@ def assert_equal_gradients(actual, expected, tolerance):
         assert (actual[name] - gradient).norm() <= tolerance * whole, name
 
 
-def test_auto_keeps_the_cpu_eager(capsys):
-    config = tiny_config()
-    assert not uses_compile(config, CPU) and not uses_cuda_graphs(config, CPU)
-    assert capsys.readouterr().out == ""
+LONG = {"max_seq_len": 2048, "batch_size": 32, "max_steps": 100_000}
+
+
+@pytest.mark.parametrize(("changes", "instructions", "begun", "precision", "compiled"), [
+    ({}, True, None, "float32", False),
+    (LONG, True, None, "bfloat16", True),
+    (LONG, False, None, "float32", False),
+    ({**LONG, "compile": False}, True, None, "float32", False),
+    ({**LONG, "stop_after_steps": 10}, True, None, "float32", False),
+    (LONG, True, "float32", "float32", False),
+    (LONG, True, "bfloat16", "bfloat16", True),
+    ({"compile": True}, True, None, "float32", True),
+    ({**LONG, "precision": "float32"}, True, None, "float32", False),
+    ({"precision": "bfloat16"}, True, None, "bfloat16", False),
+], ids=str)
+def test_auto_on_a_cpu_is_fast_where_that_pays(
+    monkeypatch, changes, instructions, begun, precision, compiled
+):
+    monkeypatch.setattr(acceleration, "bfloat16_instructions", lambda: instructions)
+    config = tiny_config(**changes)
+    manner = choose_manner(config, CPU, 100_000, begun)
+    assert (manner.precision, manner.compile) == (precision, compiled)
+    assert bool(manner.why) == (config.precision == "auto") and "\n" not in manner.why
+    assert not uses_cuda_graphs(config, CPU)
+
+
+def test_cuda_compiles_unless_told_otherwise():
+    cuda = torch.device("cuda")
+    assert choose_manner(tiny_config(), cuda, 1) == Manner("auto", True)
+    assert choose_manner(tiny_config(compile=False), cuda, 1) == Manner("auto", False)
 
 
 def test_graphs_that_cannot_work_say_so_in_one_line(capsys):

@@ -61,8 +61,9 @@ def trained(tmp_path_factory, listops_dir) -> Path:
 # Logs
 
 
-def test_a_redirected_log_holds_the_evaluations_and_the_result_alone(trained):
-    lines = (trained / "stdout").read_text().splitlines()
+def test_a_redirected_log_holds_what_was_chosen_the_evaluations_and_the_result_alone(trained):
+    choice, *lines = (trained / "stdout").read_text().splitlines()
+    assert choice.startswith("float32, eager: ")
     assert [line.split(":")[0] for line in lines[:-1]] == ["step 5", "step 10", "step 12"]
     assert lines[-1].startswith("test_acc")
     assert (trained / "stderr").read_text() == ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepRes
 WARMUP_RUNS = 2
 # Of the gradient's norm: rounding (atomic sums in bfloat16) stays below, a wrong graph does not.
 GRAPH_TOLERANCE = 0.02
+# The same for a compiled step against an eager one, by whether the precision is a lower one: there
+# the two round in other places.
+COMPILE_TOLERANCE = {False: 1e-3, True: 0.1}
+LONG_RUN = 1e14  # floating-point operations, half an hour of one CPU core
 RECOMPILE_LIMIT = 64  # forms of one segment: passes, masks, the last batches of evaluations
 
 
@@ -79,9 +84,57 @@ def told_out_of_memory() -> Iterator[None]:
         raise OutOfMemory(f"{what}; {advice}") from error
 
 
-def uses_compile(config: Config, device: torch.device) -> bool:
-    """`compile`, with auto resolved: on CUDA alone, as a CPU run seldom earns the minutes back."""
-    return device.type == "cuda" if config.compile == "auto" else config.compile
+class Manner(NamedTuple):
+    """How a run computes: what `precision` and `compile` come to on this machine."""
+
+    precision: str  # "auto" on CUDA, which `model.autocast_dtype` resolves
+    compile: bool
+    why: str = ""  # where something was chosen
+
+
+def choose_manner(
+    config: Config, device: torch.device, parameters: int, begun: str | None = None
+) -> Manner:
+    """`precision` and `compile`, with auto resolved.
+
+    CUDA compiles. On a CPU eager float32 is faster than eager bfloat16, and compiled bfloat16
+    faster than both where there are instructions for it: a long run earns the minutes of
+    compilation back. What a run was begun in, it goes on in.
+
+    Args:
+        parameters: of the model.
+        begun: the precision of the run that is resumed, None for a new one.
+    """
+    asked, compiled = config.precision, config.compile
+    if device.type == "cuda":
+        return Manner(asked, compiled is not False)
+    flop = 8 * parameters * config.last_step * config.accumulate  # forward, backward and replay
+    is_long = flop * config.batch_size * config.max_seq_len >= LONG_RUN
+    if asked == "auto" and begun is not None:
+        precision = "float32" if begun == "auto" else begun  # auto: it was begun on CUDA
+        why = "as the run was begun"
+    elif asked != "auto":
+        precision, why = asked, ""
+    elif not bfloat16_instructions():
+        precision, why = "float32", "this CPU has no bfloat16 instructions"
+    elif compiled is False:
+        precision, why = "float32", "eager bfloat16 is slower on a CPU"
+    elif not is_long:
+        precision, why = "float32", "a short run does not earn a compilation back"
+    else:
+        precision, why = "bfloat16", "a long run on a CPU with instructions for it"
+    if compiled == "auto":
+        compiled = is_long and precision == "bfloat16"
+    return Manner(precision, compiled, why)
+
+
+def bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 itself: AMX, or AVX-512's dot product."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in text or "avx512_bf16" in text
 
 
 def uses_cuda_graphs(config: Config, device: torch.device) -> bool:
@@ -96,20 +149,23 @@ def uses_cuda_graphs(config: Config, device: torch.device) -> bool:
     return reason is None and config.cuda_graphs is not False
 
 
-def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> None:
+def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
     """Compile the segment's encoder; leave it eager, with one line, where that fails.
 
     Args:
-        batch: of the run's shapes, for the trial step that compiles both passes.
+        batch: of the run's shapes, for the trial step that compiles both passes. Its gradients are
+            held against those of an eager step.
+    Returns:
+        Whether it is compiled.
     """
     torch._dynamo.reset()  # an earlier run of this process has left its own forms
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     eager = model.encode
     compiled = torch.compile(eager, dynamic=False)
 
-    def give_up(error: Exception) -> None:
+    def give_up(reason: str) -> None:
         model.encode = eager
-        log_line(f"compile is off: {first_line(error)}")
+        log_line(f"compile is off: {reason}")
 
     def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
         try:
@@ -118,17 +174,32 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> None:
             raise
         # Missing compilers, devices and its own defects raise without a common class.
         except Exception as error:
-            give_up(error)
+            give_up(first_line(error))
             return eager(*arguments)
 
-    model.encode = encode
     statistics = [buffer.clone() for buffer in model.buffers()]
-    try:
-        backward(model, batch)
-    except Exception as error:  # of compiling the backward pass
-        give_up(error)
+    seed = model.dropout_seed()
+    gradients = []
+    for form in (eager, encode):
+        model.encode = form
+        model.zero_grad()
+        try:
+            backward(model, batch, 1.0, seed)
+            gradients.append(_flat_gradient(model))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of compiling the backward pass
+            if form is eager:
+                raise
+            give_up(first_line(error))
+        _restore(model.buffers(), statistics)
     model.zero_grad()
-    _restore(model.buffers(), statistics)
+    if model.encode is encode and bool(gradients[0].isfinite().all()):
+        difference = _relative_difference(gradients[1], gradients[0])
+        low = autocast_dtype(model.precision, batch.tokens.device) is not None
+        if not difference <= COMPILE_TOLERANCE[low]:
+            give_up(f"its gradients differ from eager ones by {difference:.1e}")
+    return model.encode is encode
 
 
 class Capture(NamedTuple):
@@ -140,62 +211,67 @@ class Capture(NamedTuple):
     result: Any  # `train.StepResult`
 
 
-class GraphedBackward:
-    """A backward pass captured as one CUDA graph per shape of batch, and replayed.
+class Graphed:
+    """A step captured as one CUDA graph per shape of batch, and replayed.
 
-    Batches of whole segments have one shape per number of active segments. The gradients must stay
-    the same tensors: clear them with `zero_grad(set_to_none=False)`. The first replay of every
-    graph is held against the eager gradients; where they differ, or the capture fails, all
-    further steps are eager and one line says so.
+    Batches of whole segments have one shape per number of active segments. The first replay of
+    every graph is held against the eager result; where they differ, or the capture fails, all
+    further steps are eager and one line says so. All captures share one memory pool and one side
+    stream: a stream of its own would keep a workspace of the matrix library for each.
     """
 
-    def __init__(self, backward: Backward) -> None:
-        self.backward = backward
+    def __init__(self, step: Callable[..., Any]) -> None:
+        """Args:
+            step: (model, batch, scale, seed, ...) to a named tuple of tensors.
+        """
+        self.step = step
         self.captures: dict[tuple, Capture] = {}
         self.enabled = True
+        self.stream: torch.cuda.Stream | None = None
 
-    def __call__(self, model: RMAAT, batch: Batch, scale: float = 1.0) -> Any:
-        """Add the gradients of `scale` times the mean loss to `.grad`."""
+    def __call__(
+        self, model: RMAAT, batch: Batch, scale: float = 1.0, seed: Tensor | None = None, *rest: Any
+    ) -> Any:
+        """What the step returns, copied; `rest` is part of a graph."""
         # Drawn outside of the graph, which would repeat its own draw.
-        seed = model.dropout_seed()
-        key = (batch.tokens.shape, batch.mask is None, scale, model.training)
+        seed = model.dropout_seed() if seed is None else seed
+        key = (batch.tokens.shape, batch.mask is None, scale, model.training, *rest)
         if self.enabled and key not in self.captures:
-            self._try_capture(key, model, batch, scale, seed)
+            self._try_capture(key, model, batch, scale, seed, *rest)
         if key not in self.captures:
-            return self.backward(model, batch, scale, seed)
+            return self.step(model, batch, scale, seed, *rest)
         capture = self.captures[key]
         for static, value in zip((*capture.batch, capture.seed), (*batch, seed), strict=True):
             if static is not None:
-                static.copy_(value)
+                static.copy_(value, non_blocking=True)
         capture.graph.replay()
         return type(capture.result)._make(x.clone() for x in capture.result)
 
-    def _try_capture(
-        self, key: tuple, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None
-    ) -> None:
+    def _try_capture(self, key: tuple, model: RMAAT, *arguments: Any) -> None:
         """Capture one form of the step; leave gradients and running statistics as they were."""
-        parameters = list(model.parameters())
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        kept = [p.grad.clone() for p in parameters]
-        statistics = [buffer.clone() for buffer in model.buffers()]
-        stream = torch.cuda.current_stream()
+        kept = self._state(model)
+        values = [tensor.clone() for tensor in kept]
+        current = torch.cuda.current_stream()
         try:
-            capture = self._capture(model, batch, scale, seed)
+            capture = self._capture(model, *arguments)
             if capture is not None:
                 self.captures[key] = capture
+        except torch.OutOfMemoryError:
+            torch.cuda.set_stream(current)
+            self.captures.clear()
+            raise
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a failed capture can leave its own one current
+            torch.cuda.set_stream(current)  # a failed capture can leave its own one current
             self.enabled = False
             self.captures.clear()
             log_line(f"cuda_graphs is off: {first_line(error.__context__ or error)}")
         finally:
-            _restore([p.grad for p in parameters], kept)
-            _restore(model.buffers(), statistics)
+            _restore(kept, values)
+        if not self.enabled:
+            torch.cuda.empty_cache()  # the pool's memory
 
     def _capture(
-        self, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None
+        self, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None, *rest: Any
     ) -> Capture | None:
         """Record the step on copies of batch and seed; None where the batch itself is sick.
 
@@ -204,28 +280,59 @@ class GraphedBackward:
         """
         static = Batch(*(None if x is None else x.clone() for x in batch))
         static_seed = None if seed is None else seed.clone()
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        main = torch.cuda.current_stream()
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
             for _ in range(WARMUP_RUNS):
-                model.zero_grad(set_to_none=False)
-                self.backward(model, static, scale, static_seed)
-        main.wait_stream(side)
-        eager = _flat_gradient(model)
+                self._clear(model)
+                result = self.step(model, static, scale, static_seed, *rest)
+        main.wait_stream(self.stream)
+        eager = self._witness(model, result)
         if not bool(eager.isfinite().all()):
             return None
 
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self.captures.values()), None)
-        model.zero_grad(set_to_none=False)
-        with torch.cuda.graph(graph, pool=pool):
-            result = self.backward(model, static, scale, static_seed)
-        model.zero_grad(set_to_none=False)
+        self._clear(model)
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            result = self.step(model, static, scale, static_seed, *rest)
+        self._clear(model)
         graph.replay()
-        difference = float((_flat_gradient(model) - eager).norm() / eager.norm())
+        difference = _relative_difference(self._witness(model, result), eager)
         if not difference <= GRAPH_TOLERANCE:
-            raise RuntimeError(f"its gradients differ from eager ones by {difference:.1e}")
+            raise RuntimeError(f"its results differ from eager ones by {difference:.1e}")
         return Capture(graph, static, static_seed, result)
+
+    def _state(self, model: RMAAT) -> list[Tensor]:
+        """What a step changes."""
+        return list(model.buffers())
+
+    def _clear(self, model: RMAAT) -> None:
+        """Undo what a step adds up."""
+
+    def _witness(self, model: RMAAT, result: Any) -> Tensor:
+        """What tells a right step from a wrong one, a copy."""
+        return result.logits.clone()
+
+
+class GraphedBackward(Graphed):
+    """A captured backward pass, which adds the gradients of `scale` times the loss to `.grad`.
+
+    The gradients must stay the same tensors: clear them with `zero_grad(set_to_none=False)`.
+    """
+
+    def _state(self, model: RMAAT) -> list[Tensor]:
+        for p in model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [*super()._state(model), *(p.grad for p in model.parameters())]
+
+    def _clear(self, model: RMAAT) -> None:
+        model.zero_grad(set_to_none=False)
+
+    def _witness(self, model: RMAAT, result: Any) -> Tensor:
+        return _flat_gradient(model)
 
 
 def _restore(tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
@@ -234,4 +341,8 @@ def _restore(tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
 
 
 def _flat_gradient(model: RMAAT) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _relative_difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
