@@ -116,7 +116,7 @@ class Resumable(checkpoint.Trained):
     """A `last.pt`: all that an unbroken run would have at that step."""
 
     optimizer: OptimizerState
-    scaler: Annotated[dict[str, float], Field(max_length=10)]
+    scaler: Annotated[dict[str, int | float], Field(max_length=10)]
     processes: Size
     progress: Annotated[Progress, BeforeValidator(lambda values: Progress(**values))]
     running: checkpoint.PlainTensor
