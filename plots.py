@@ -23,32 +23,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lra_config import Config, load_config
-from run.figures import PlotError, line_styles, new_figure, plot_curves, save_figure
+from run.figures import PlotError, curves_figure, line_styles, new_figure, save_figure
 from run.program import Parser, run_program
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
+
+    from model import RMAAT
 
 
-def draw_curves(arguments: argparse.Namespace) -> None:
+def draw_curves(arguments: argparse.Namespace) -> Figure:
     # The folders' names, unless two of them are the same.
     names = Counter(folder.name for folder in arguments.runs)
     runs = {
         folder.name if names[folder.name] == 1 else str(folder): folder
         for folder in arguments.runs
     }
-    plot_curves(runs, arguments.out)
+    return curves_figure(runs)
 
 
-def draw_segments(arguments: argparse.Namespace) -> None:
-    plot_segments(arguments.runs, arguments.out)
-
-
-def draw_retention(arguments: argparse.Namespace) -> None:
-    plot_retention(arguments.runs, arguments.out)
-
-
-def draw_attention(arguments: argparse.Namespace) -> None:
+def draw_attention(arguments: argparse.Namespace) -> Figure:
     from predict import encode_line, load_trained, tokenizer_of
 
     model = load_trained(arguments.run / "model.safetensors")
@@ -59,11 +54,7 @@ def draw_attention(arguments: argparse.Namespace) -> None:
         raise PlotError(f"LINE {error}") from None
     if len(documents) > 1:
         raise PlotError(f"{arguments.run}: of a pair of documents there is no picture")
-    plot_attention(model, documents[0], arguments.segment, arguments.out)
-
-
-def draw_memory(arguments: argparse.Namespace) -> None:
-    plot_memory(arguments.files, arguments.out)
+    return attention_figure(model, documents[0], arguments.segment)
 
 
 def finished_run(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -81,7 +72,7 @@ def finished_run(folder: Path) -> tuple[Config, dict[str, Any]]:
         raise PlotError(f"{path}: {error}; name the folder of a finished run") from None
 
 
-def plot_segments(runs: Sequence[Path], path: Path) -> None:
+def segments_figure(runs: Sequence[Path]) -> Figure:
     """Draw test accuracy over T with its standard error: a point per T, the mean over its runs.
 
     A line holds the runs of one task, attention and number of steps.
@@ -105,7 +96,7 @@ def plot_segments(runs: Sequence[Path], path: Path) -> None:
     axes.set(xlabel="segments T", ylabel="test accuracy (%), standard error")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    save_figure(figure, path)
+    return figure
 
 
 def mean_accuracy(summaries: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -115,7 +106,7 @@ def mean_accuracy(summaries: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return 100 * mean, 100 * math.sqrt(mean * (1 - mean) / examples)
 
 
-def plot_retention(runs: Sequence[Path], path: Path) -> None:
+def retention_figure(runs: Sequence[Path]) -> Figure:
     """Draw RetentionFactor(t, T) of the memory that leaves each segment, a line per T."""
     from astrocyte import retention_factors
 
@@ -131,14 +122,14 @@ def plot_retention(runs: Sequence[Path], path: Path) -> None:
     axes.set(xlabel="segment t", ylabel="RetentionFactor(t, T)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    save_figure(figure, path)
+    return figure
 
 
-def plot_attention(model: Any, document: np.ndarray, index: int, path: Path) -> None:
-    """Draw, per layer and head, the weights with which rows read rows of one segment.
+def attention_figure(model: RMAAT, document: np.ndarray, index: int = 0) -> Figure:
+    """Per layer and head, the weights with which rows read rows of one segment.
 
     Args:
-        model: a `RMAAT` in evaluation mode.
+        model: in evaluation mode.
         document: (length,) as its tokenizer stores it.
         index: of the segment, from 0.
     Raises:
@@ -167,7 +158,7 @@ def plot_attention(model: Any, document: np.ndarray, index: int, path: Path) -> 
             axes.set_xticks(range(N), names, rotation=90, fontsize=7)
             axes.set_yticks(range(N), names, fontsize=7)
         figure.colorbar(image, ax=axes, shrink=0.8)
-    save_figure(figure, path)
+    return figure
 
 
 def row_names(config: Config, ids: Sequence[int]) -> list[str]:
@@ -179,7 +170,7 @@ def row_names(config: Config, ids: Sequence[int]) -> list[str]:
     return memory + [tokens[i - 1] for i in ids]
 
 
-def plot_memory(files: Sequence[Path], path: Path) -> None:
+def memory_figure(files: Sequence[Path]) -> Figure:
     """Draw a step's peak memory over its time, a line per system with a marker per length.
 
     Raises:
@@ -212,7 +203,7 @@ def plot_memory(files: Sequence[Path], path: Path) -> None:
     axes.margins(x=0.12, y=0.12)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    save_figure(figure, path)
+    return figure
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -221,7 +212,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     kinds = parser.add_subparsers(required=True, metavar="{curves,segments,...}")
     for name, draw in (
-        ("curves", draw_curves), ("segments", draw_segments), ("retention", draw_retention)
+        ("curves", draw_curves),
+        ("segments", lambda arguments: segments_figure(arguments.runs)),
+        ("retention", lambda arguments: retention_figure(arguments.runs)),
     ):
         kind = kinds.add_parser(name)
         kind.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -233,7 +226,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     kind.set_defaults(draw=draw_attention)
     kind = kinds.add_parser("memory")
     kind.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    kind.set_defaults(draw=draw_memory)
+    kind.set_defaults(draw=lambda arguments: memory_figure(arguments.files))
     for name, kind in kinds.choices.items():
         kind.add_argument("--out", type=Path, default=Path(f"{name}.png"), metavar="PICTURE")
     if words and words[0] not in {*kinds.choices, "-h", "--help"}:
@@ -243,7 +236,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def command() -> None:
     arguments = parse_arguments(sys.argv[1:])
-    arguments.draw(arguments)
+    save_figure(arguments.draw(arguments), arguments.out)
 
 
 def main() -> int:

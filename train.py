@@ -22,7 +22,7 @@ from lra_config import Config, ConfigError
 from lra_datasets import load_word_vectors, open_dataset
 from model import RMAAT, autocast_dtype, build_model
 from run import checkpoint
-from run.figures import plot_curves
+from run.figures import curves_figure, save_figure
 from run.files import write_json
 from run.log import RunLog
 from run.processes import ALONE, Processes, current_processes
@@ -566,7 +566,7 @@ class Trainer:
         )
         if self.log is not None:
             checkpoint.export(self.model.state(), self.folder, dataclasses.asdict(summary))
-            plot_curves({config.run_name: self.folder}, self.folder / "curves.png")
+            save_figure(curves_figure({config.run_name: self.folder}), self.folder / "curves.png")
             # Last of all: with it the run is finished.
             write_json(self.folder / "summary.json", dataclasses.asdict(summary))
             self.log.finish(dataclasses.asdict(summary))

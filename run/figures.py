@@ -61,15 +61,14 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(handle, dpi=120, format=path.suffix[1:])
 
 
-def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
+def curves_figure(runs: Mapping[str, Path]) -> Figure:
     """Draw training loss and validation accuracy over the steps.
 
     Args:
         runs: label to the folder that holds `metrics.jsonl`; one without a validation so far has
             its training loss alone.
-        path: the picture, whole or not at all; its suffix chooses the format.
     Raises:
-        PlotError: a run has not logged anything yet, or the suffix is no format.
+        PlotError: a run has not logged anything yet.
     """
     figure = new_figure(10, 4)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -88,4 +87,4 @@ def plot_curves(runs: Mapping[str, Path], path: str | Path) -> None:
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
     accuracy_axes.legend(loc="lower right", fontsize="small")
-    save_figure(figure, path)
+    return figure
