@@ -20,10 +20,13 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lra_config import Config, load_config
+from pydantic import BaseModel, Field, TypeAdapter
+
+from lra_config import Config, Size, load_config
 from run.figures import PlotError, curves_figure, line_styles, new_figure, save_figure
+from run.files import read_json
 from run.program import Parser, run_program
 
 if TYPE_CHECKING:
@@ -31,6 +34,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from model import RMAAT
+
+
+class Finished(BaseModel):
+    """What a `summary.json` says that pictures need."""
+
+    steps: Size
+    test_accuracy: Annotated[float, Field(ge=0, le=1)]
+    examples: dict[str, Size]
 
 
 def draw_curves(arguments: argparse.Namespace) -> Figure:
@@ -57,7 +68,7 @@ def draw_attention(arguments: argparse.Namespace) -> Figure:
     return attention_figure(model, documents[0], arguments.segment)
 
 
-def finished_run(folder: Path) -> tuple[Config, dict[str, Any]]:
+def finished_run(folder: Path) -> tuple[Config, Finished]:
     """The configuration and the summary of a run.
 
     Raises:
@@ -65,7 +76,7 @@ def finished_run(folder: Path) -> tuple[Config, dict[str, Any]]:
     """
     path = folder / "summary.json"
     try:
-        return load_config(folder / "config.yaml"), json.loads(path.read_text(encoding="utf-8"))
+        return load_config(folder / "config.yaml"), read_json(path, TypeAdapter(Finished))
     except FileNotFoundError:
         raise PlotError(f"{path}: missing; name the folder of a finished run") from None
     except ValueError as error:
@@ -80,10 +91,10 @@ def segments_figure(runs: Sequence[Path]) -> Figure:
     Raises:
         PlotError: a run is not finished.
     """
-    lines: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    lines: dict[str, dict[int, list[Finished]]] = defaultdict(lambda: defaultdict(list))
     for folder in runs:
         config, summary = finished_run(folder)
-        label = f"{config.dataset}, {config.attention_type}, {summary['steps']:,} steps"
+        label = f"{config.dataset}, {config.attention_type}, {summary.steps:,} steps"
         lines[label][config.num_segments].append(summary)
     figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
@@ -99,10 +110,10 @@ def segments_figure(runs: Sequence[Path]) -> Figure:
     return figure
 
 
-def mean_accuracy(summaries: Sequence[dict[str, Any]]) -> tuple[float, float]:
+def mean_accuracy(summaries: Sequence[Finished]) -> tuple[float, float]:
     """Test accuracy in % over runs of one kind, and its standard error for the test examples."""
-    mean = statistics.mean(summary["test_accuracy"] for summary in summaries)
-    examples = sum(summary["examples"]["test"] for summary in summaries)
+    mean = statistics.mean(summary.test_accuracy for summary in summaries)
+    examples = sum(summary.examples["test"] for summary in summaries)
     return 100 * mean, 100 * math.sqrt(mean * (1 - mean) / examples)
 
 

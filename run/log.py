@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lra_config import Config, UserError
+from lra_config import LARGEST, Config, UserError
 from run.files import atomic_write, named_os_errors, parse_json
 from run.terminal import log_line
 from utils import first_line
@@ -121,7 +121,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
                 return rows
             try:
                 row = parse_json(line, ROW)
-                if not isinstance(row.get("step"), int) or row["step"] < 0:
+                if not isinstance(row.get("step"), int) or not 0 <= row["step"] <= LARGEST:
                     raise ValueError("holds no step")
                 rows.append(row)
             except ValueError as error:

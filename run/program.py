@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,6 +28,7 @@ def run_program(name: str, body: Callable[[], None]) -> int:
     130 and 143 after SIGINT and SIGTERM.
     """
     open_standard_streams()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its cache in a read-only HOME
     try:
         body()
     except UserError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, refusal, run_cli, tiny_config
+from conftest import assert_refused, refusal, run_cli, run_script, tiny_config
 
 from data.packing import DataError
 from model import build_model
@@ -324,6 +324,22 @@ def test_a_last_line_cut_short_is_left_out(run):
     rows = read_metrics(run)
     path.write_bytes(path.read_bytes()[:-5])
     assert read_metrics(run) == rows[:-1]
+
+
+@pytest.mark.parametrize("what", ["curves", "segments", "retention"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
+def test_a_picture_of_garbage_is_refused(run, tmp_path, what, name):
+    needed = {"curves": ["metrics.jsonl"], "segments": ["summary.json", "config.yaml"],
+              "retention": ["config.yaml"]}
+    summary = {"steps": 1, "test_accuracy": 0.5, "examples": {"test": 9}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / name).write_bytes(b"\x1b[2J\n{}\n")
+    result = run_script("plots.py", what, run, "--out", "picture.png", cwd=tmp_path)
+    if name in needed[what]:
+        assert_refused(result, str(run / name))
+        assert not (tmp_path / "picture.png").exists()
+    else:
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("content", [
