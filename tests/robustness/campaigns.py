@@ -1,0 +1,197 @@
+"""Kills and signals at random moments of runs that are resumed until they equal an unbroken one."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from conftest import TINY, called, finished, start_process, wait_for
+from test_train import assert_same_outcome
+
+import generate_lra
+from data.listops import generate_listops
+from lra_config import dump_config, load_config, make_config
+from run import checkpoint
+from run.log import read_metrics
+from train import train
+
+LISTOPS = "lra_release/listops-1000"
+SPLITS = {"train": 20_000, "val": 300, "test": 300, "min_length": 9, "max_length": 41}
+EVAL_INTERVAL = 25
+MOMENTS = (
+    "start", "step", "step", "step", "writing", "evaluation", "packing", "generation", "race"
+)
+
+
+@dataclass
+class Campaign:
+    """A run that is struck, the unbroken one beside it, and a generation that is struck."""
+
+    folder: Path
+    seed: int
+    steps: int
+    random: random.Random = field(init=False)
+    hits: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        data = self.folder / "datasets"
+        generate_listops(data, seed=0, workers=1, **SPLITS)
+        config = make_config({
+            **TINY, "data_dir": str(data), "output_dir": str(self.folder), "run_name": "struck",
+            "batch_size": 4, "num_segments": 2, "dropout": 0.1, "max_steps": self.steps,
+            "log_interval": 5, "eval_interval": EVAL_INTERVAL, "checkpoint_interval": 7,
+        })
+        self.config = self.folder / "config.yaml"
+        self.config.write_text(dump_config(config), encoding="utf-8")
+        train(load_config(self.config, ["run_name=whole"]))
+        self.run, self.cache = self.folder / "struck", data / ".cache"
+
+    def start(self) -> subprocess.Popen:
+        return start_process(
+            "run_train.py", "--config", self.config, "--resume", cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def start_generation(self) -> subprocess.Popen:
+        return start_process(
+            "generate_lra.py", *self.generation(), cwd=self.folder, stdout=subprocess.DEVNULL
+        )
+
+    def generation(self) -> list[str]:
+        options = {"out": self.folder / "generated", "seed": 0, "workers": 1, **SPLITS}
+        return ["listops", *(f"--{key}={value}" for key, value in options.items())]
+
+    def last_step(self) -> int:
+        try:
+            return max((row["step"] for row in read_metrics(self.run)), default=0)
+        except FileNotFoundError:
+            return 0
+
+    def is_evaluating(self) -> bool:
+        """The line of training before an evaluation is there, that of the evaluation is not."""
+        try:
+            row = read_metrics(self.run)[-1]
+        except (FileNotFoundError, IndexError):
+            return False
+        return row["step"] % EVAL_INTERVAL == 0 and "val_loss" not in row
+
+    def started_until(self, moment: str) -> list[subprocess.Popen]:
+        """Processes that have come to a random moment of that kind, the one to be struck first."""
+        if moment == "generation":
+            shutil.rmtree(self.folder / "generated", ignore_errors=True)
+            process = self.start_generation()
+            parent = self.folder / "generated" / Path(LISTOPS).parent
+            wait_for(process, lambda: any(parent.glob("*.part")))
+            time.sleep(self.random.uniform(0, 1))
+            return [process]
+        if moment == "packing":
+            shutil.rmtree(self.cache)
+        process = self.start()
+        processes = [process]
+        if moment == "race":
+            processes.append(self.start())
+            self.random.shuffle(processes)
+        if moment == "start":
+            time.sleep(self.random.uniform(1, 5))
+        elif moment == "packing":
+            wait_for(process, lambda: any(self.cache.glob("*.part")))
+            time.sleep(self.random.uniform(0, 0.3))
+        else:
+            goal = self.last_step() + self.random.randrange(5, 40)
+            wait_for(process, lambda: self.last_step() >= goal)
+            if moment == "step":
+                time.sleep(self.random.uniform(0, 0.1))
+            elif moment == "writing":
+                wait_for(process, lambda: any(self.run.glob("*.part")))
+            elif moment == "evaluation":
+                wait_for(process, self.is_evaluating)
+                time.sleep(self.random.uniform(0, 0.01))
+        return processes
+
+    def assert_nothing_is_damaged(self) -> None:
+        for path in self.run.glob("*.pt"):
+            checkpoint.read(path)
+        if (self.run / "config.yaml").exists():
+            load_config(self.run / "config.yaml")
+        if (self.run / "metrics.jsonl").exists():
+            read_metrics(self.run)
+
+    def assert_the_end_is_that_of_an_unbroken_run(self) -> None:
+        """Go on to the end, and generate: as if nothing had happened, and nothing left over."""
+        config = load_config(self.config)
+        train(config, resume=True)
+        assert_same_outcome(self.run, self.folder / "whole")
+        best, whole = (checkpoint.load(f / "best.pt") for f in (self.run, self.folder / "whole"))
+        assert best["step"] == whole["step"] and best["val_accuracy"] == whole["val_accuracy"]
+        assert all(torch.equal(best["model"][n], whole["model"][n]) for n in whole["model"])
+        assert not [*self.run.glob("*.part"), *self.run.glob("*.lock")]
+        assert not [*self.cache.glob("*.part"), *self.cache.glob("*.lock")]
+        shutil.rmtree(self.folder / "generated" / LISTOPS, ignore_errors=True)
+        called(lambda: generate_lra.main(self.generation()), cwd=self.folder, check=True)
+        for name in ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv"):
+            ours, expected = (
+                self.folder / root / LISTOPS / name for root in ("generated", "datasets")
+            )
+            assert ours.read_bytes() == expected.read_bytes()
+        parent = self.folder / "generated" / Path(LISTOPS).parent
+        assert not [*parent.glob("*.part"), *parent.glob("*.lock")]
+
+
+def kill_campaign(folder: Path, kills: int, seed: int = 0) -> dict:
+    """SIGKILL at random moments; of two racing processes one is refused, and both are killed.
+
+    Returns:
+        `tried` and `held` kills, and how many were of each kind.
+    """
+    campaign = Campaign(folder, seed, steps=25 * kills)
+    while campaign.hits.total() < kills:
+        moment = campaign.random.choice(MOMENTS)
+        processes = campaign.started_until(moment)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                campaign.hits[moment] += 1
+            _, errors = process.communicate()
+            # What has ended by itself was the second in the folder.
+            assert process.returncode < 0 or (moment == "race" and "trains there" in errors), errors
+        campaign.assert_nothing_is_damaged()
+        print(f"{campaign.hits.total()} kills, the last: {moment}", flush=True)
+    campaign.assert_the_end_is_that_of_an_unbroken_run()
+    count = campaign.hits.total()
+    return {"tried": count, "held": count, "moments": dict(sorted(campaign.hits.items()))}
+
+
+def term_campaign(folder: Path, signals: int, seed: int = 1) -> dict:
+    """SIGTERM at random moments: each ends with status 143 and one line.
+
+    Returns:
+        `tried` and `held` signals, of each kind, and the `longest_seconds` to the end.
+    """
+    campaign = Campaign(folder, seed, steps=40 * signals)
+    longest = 0.0
+    for number in range(1, signals + 1):
+        moment = campaign.random.choice([m for m in MOMENTS if m != "race"])
+        (process,) = campaign.started_until(moment)
+        start = time.monotonic()
+        process.terminate()
+        result = finished(process)
+        seconds = time.monotonic() - start
+        longest = max(longest, seconds)
+        assert result.returncode == 143, (moment, result.stderr)
+        assert re.fullmatch(r"(run_train|generate_lra)\.py: .*\n", result.stderr), result.stderr
+        campaign.hits[moment] += 1
+        campaign.assert_nothing_is_damaged()
+        print(f"{number} signals, the last: {moment}, {seconds:.2f} s", flush=True)
+    campaign.assert_the_end_is_that_of_an_unbroken_run()
+    return {
+        "tried": signals, "held": signals, "moments": dict(sorted(campaign.hits.items())),
+        "longest_seconds": round(longest, 2),
+    }
