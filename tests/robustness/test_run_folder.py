@@ -133,13 +133,13 @@ def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path, listops_
     train(config_of(tmp_path, listops_dir, "whole"))
     backward, calls = train_module.amrb_backward, []
 
-    def struck(model, batch, scale):
+    def struck(model, batch, *arguments, **options):
         calls.append(1)
         if len(calls) == 7:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("the second signal was held back")
-        return backward(model, batch, scale)
+        return backward(model, batch, *arguments, **options)
 
     monkeypatch.setattr(train_module, "amrb_backward", struck)
     with pytest.raises(KeyboardInterrupt):
