@@ -5,25 +5,34 @@ A row of `lra_config.TASKS` names the class; docs/data.md shows a data set from 
 
 from __future__ import annotations
 
-import io
-import json
+import contextlib
 import os
-import pickle
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from data.inspection import AAN_COLUMNS, LAYOUTS, LISTOPS_HEADER, Layout
+from data.cifar_batch import read_batch
+from data.inspection import AAN_COLUMNS, LAYOUTS, LISTOPS_HEADER, Layout, generation_record
 from data.listops import generate_listops
-from data.packing import DataError, Reader, cache_dir, fingerprint, held_out_rows
+from data.packing import DataError, Reader, cached_json, fingerprint, held_out_rows
 from data.pathfinder import generate_pathfinder
-from lra_config import Config, WordTokenizer
-from run.files import whole_folder, write_json
+from data.source_files import (
+    MAX_BATCH,
+    MAX_IMAGE,
+    MAX_TEXT,
+    contents,
+    grey_image,
+    rows,
+    told,
+)
+from lra_config import VOCABULARY_WORDS, Config, WordTokenizer
+from run.folders import whole_folder
 from run.terminal import log_line
-from utils import first_line
+from run.text import one_line, shown
 
 GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
 Example = tuple[tuple[np.ndarray, ...], int]
@@ -48,8 +57,13 @@ class FileReader:
         return [self.folder / name for name in self.layout.parts[part]]
 
     def prepare(self) -> None:
+        """Make sure that the files are there.
+
+        Raises:
+            DataError: one of them is not; it says how to obtain it.
+        """
         for path in (path for part in self.parts for path in self.places(part)):
-            if not path.exists():
+            if not (path.is_file() or path.is_dir()):
                 raise DataError(f"{path}: missing; {self.advice}")
 
     def sources(self, part: str) -> list[Path]:
@@ -62,7 +76,7 @@ class FileReader:
         # Not Path.iterdir: IMDb has 50,000 files.
         return [
             Path(path)
-            for path in sorted(e.path for e in os.scandir(place))
+            for path in sorted(e.path for e in os.scandir(place) if e.is_file())
             if path.endswith(self.layout.suffix)
         ]
 
@@ -70,18 +84,19 @@ class FileReader:
         return {}
 
     def origin(self) -> str:
-        record = self.folder / "GENERATED.json"
-        if not record.exists():
+        record = generation_record(self.folder)
+        if record is None:
             return "downloaded"
         # A stand-in says so, lest its results pass for those of the data it stands in for.
-        return json.loads(record.read_text()).get("stand_in", "generated")
+        return one_line(record.get("stand_in", "generated"), 100)
 
     def label(self, text: str, where: str) -> int:
         """A class number from its text."""
         classes = self.config.task.num_classes
-        if not (text.isascii() and text.isdigit() and int(text) < classes):
+        # Of thousands of digits no number is made.
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < classes):
             raise DataError(
-                f"{where}: label {text!r} is not one of 0..{classes - 1}; fetch the file again"
+                f"{where}: label {shown(text)} is not one of 0..{classes - 1}; fetch the file again"
             )
         return int(text)
 
@@ -97,7 +112,9 @@ class ListOps(FileReader):
         missing = [path for path in paths if not path.exists()]
         if len(missing) == len(paths):
             log_line(f"no ListOps files in {self.folder}: generating them")
-            self.folder = generate_listops(self.config.data_dir, seed=0)
+            with contextlib.suppress(FileExistsError):  # another process has done so meanwhile
+                generate_listops(self.config.data_dir, seed=0)
+            self.folder = self.layout.folder(self.config.data_dir)
         elif missing:
             raise DataError(
                 f"{missing[0]}: missing while the other split files are there; restore it, or "
@@ -107,9 +124,10 @@ class ListOps(FileReader):
     def examples(self, part: str) -> Iterator[Example]:
         path = self.sources(part)[0]
         limit = self.config.max_seq_len
-        for where, row in tab_separated_rows(path):
+        for where, line in rows(path):
+            row = line.decode("utf-8", "backslashreplace").split("\t")
             if where.endswith(" row 1"):
-                if row != LISTOPS_HEADER.decode().split("\t"):
+                if line != LISTOPS_HEADER:
                     raise DataError(
                         f"{where}: expected the header Source<TAB>Target; fetch the file again"
                     )
@@ -119,23 +137,14 @@ class ListOps(FileReader):
                     f"{where}: has {len(row)} columns, expected Source and Target; the file may "
                     "be cut short, fetch it again"
                 )
-            try:
+            with told(where, "fetch the file again"):
                 ids = self.tokenizer.encode(row[0])
-            except ValueError as error:
-                raise DataError(f"{where}: {error}; fetch the file again") from None
             if len(ids) > limit:
                 raise DataError(
                     f"{where}: has {len(ids)} tokens, max_seq_len={limit} allows {limit}; "
                     "raise max_seq_len"
                 )
             yield (ids,), self.label(row[1], where)
-
-
-def tab_separated_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Stream (place, columns) of a file without quoting; bytes that are no UTF-8 stay visible."""
-    with open(path, encoding="utf-8", errors="backslashreplace", newline="\n") as handle:
-        for number, line in enumerate(handle, start=1):
-            yield f"{path} row {number}", line.rstrip("\r\n").split("\t")
 
 
 class Imdb(FileReader):
@@ -161,26 +170,31 @@ class Imdb(FileReader):
     def _vocabulary(self) -> list[str]:
         """Words of the training part alone: what is held out for validation has no say."""
         files, seed = self.sources("train"), self.config.seed
-        path = cache_dir(self.config) / f"imdb-words-{fingerprint(files, seed=seed)}.json"
-        if not path.exists():
-            kept, _ = held_out_rows(len(files), seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            texts = (self._text(files[row]) for row in kept)
-            write_json(path, WordTokenizer.build_vocabulary(texts))
-        return json.loads(path.read_text(encoding="utf-8"))
+        kept, _ = held_out_rows(len(files), seed)
+        return cached_json(
+            self.config, f"imdb-words-{fingerprint(files, seed=seed)}.json",
+            Annotated[list[str], Field(min_length=1, max_length=VOCABULARY_WORDS)],
+            lambda: WordTokenizer.build_vocabulary(self._text(files[row]) for row in kept),
+        )
 
     def examples(self, part: str) -> Iterator[Example]:
         words = self.config.task.tokenizer is WordTokenizer
         for path in self.sources(part):
-            document = self.tokenizer.encode(self._text(path) if words else path.read_bytes())
+            text = self._text(path) if words else self._bytes(path)
+            document = self.tokenizer.encode(text)
             if not len(document):
                 raise DataError(f"{path}: holds no text; fetch the data again")
             yield (document[: self.config.max_seq_len],), int(path.parent.name == "pos")
 
     @staticmethod
-    def _text(path: Path) -> str:
+    def _bytes(path: Path) -> bytes:
+        with told(path, "fetch the data again"):
+            return contents(path, MAX_TEXT)
+
+    @classmethod
+    def _text(cls, path: Path) -> str:
         try:
-            return path.read_text(encoding="utf-8")
+            return cls._bytes(path).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}: byte {error.start} is not UTF-8; fetch the data again, or use "
@@ -201,40 +215,12 @@ class Cifar10(FileReader):
 
     def examples(self, part: str) -> Iterator[Example]:
         for path in self.sources(part):
-            images, labels = self._batch(path)
+            with told(f"{path}: not a CIFAR-10 batch"):
+                images, labels = read_batch(contents(path, MAX_BATCH))
             pixels = images.reshape(-1, 3, self.config.task.max_seq_len)  # (n, RGB, 1024)
             grey = np.rint(np.einsum("c,ncp->np", GREY, pixels)).astype(np.uint8)
             for row, (image, label) in enumerate(zip(grey, labels, strict=True), start=1):
                 yield (image,), self.label(str(label), f"{path} row {row}")
-
-    @staticmethod
-    def _batch(path: Path) -> tuple[np.ndarray, list[int]]:
-        """The images (n, 3072) uint8 and labels of one file."""
-        try:
-            batch = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-            images, labels = batch[b"data"], batch[b"labels"]
-            usable = images.dtype == np.uint8 and images.shape == (len(labels), 3072)
-        # A damaged pickle raises nearly anything.
-        except Exception as error:
-            raise DataError(
-                f"{path}: not a CIFAR-10 batch ({str(error) or type(error).__name__}); fetch it "
-                "again"
-            ) from None
-        if not usable:
-            raise DataError(f"{path}: images are not (n, 3072) bytes; fetch the file again")
-        return images, labels
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits plain containers and numpy arrays; everything else could run code."""
-
-    _admitted = frozenset({"_reconstruct", "ndarray", "dtype"})
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self._admitted:
-            # The official files name numpy's modules of 2009.
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 class Pathfinder32(FileReader):
@@ -248,7 +234,9 @@ class Pathfinder32(FileReader):
     def prepare(self) -> None:
         if not self.folder.is_dir():
             log_line(f"no Pathfinder images in {self.folder}: generating them")
-            self.folder = generate_pathfinder(self.config.data_dir, seed=0)
+            with contextlib.suppress(FileExistsError):  # another process has done so meanwhile
+                generate_pathfinder(self.config.data_dir, seed=0)
+            self.folder = self.layout.folder(self.config.data_dir)
         for name in ("imgs", "metadata"):
             if not (self.folder / name).is_dir():
                 raise DataError(
@@ -259,36 +247,25 @@ class Pathfinder32(FileReader):
             raise DataError(f"{self.folder / 'metadata'}: holds no .npy file; fetch it again")
 
     def examples(self, part: str) -> Iterator[Example]:
-        from PIL import Image, UnidentifiedImageError
-
         side = int(self.config.task.max_seq_len**0.5)
-        for metadata in self.sources(part):
-            with open(metadata, encoding="utf-8", errors="backslashreplace") as handle:
-                for number, line in enumerate(handle, start=1):
-                    where = f"{metadata} row {number}"
-                    fields = line.split()
-                    if len(fields) < 4:
-                        raise DataError(
-                            f"{where}: has {len(fields)} fields, expected folder, file, number, "
-                            "label; fetch the file again"
-                        )
-                    label = self.label(fields[3], where)
-                    path = self.folder / fields[0] / fields[1]
-                    try:
-                        if path.stat().st_size == 0:  # some of the released ones are
-                            self.skipped += 1
-                            continue
-                        with Image.open(path) as image:
-                            pixels = np.asarray(image.convert("L"))
-                    except (OSError, UnidentifiedImageError) as error:
-                        reason = getattr(error, "strerror", None) or "not an image"
-                        raise DataError(f"{path} ({where}): {reason}; fetch it again") from None
-                    if pixels.shape != (side, side):
-                        raise DataError(
-                            f"{path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, expected "
-                            f"{side} x {side}; fetch it again"
-                        )
-                    yield (pixels.reshape(-1),), label
+        for where, line in (row for metadata in self.sources(part) for row in rows(metadata)):
+            fields = line.split()
+            if len(fields) < 4:
+                raise DataError(
+                    f"{where}: has {len(fields)} fields, expected folder, file, number, label; "
+                    "fetch the file again"
+                )
+            label = self.label(fields[3].decode("ascii", "backslashreplace"), where)
+            name = Path(os.fsdecode(fields[0]), os.fsdecode(fields[1]))
+            with told(f"{self.folder / name} ({where})"):
+                if name.is_absolute() or ".." in name.parts:
+                    raise ValueError("lies outside the data set's folder")
+                content = contents(self.folder / name, MAX_IMAGE)
+                if not content:  # some of the released ones are empty
+                    self.skipped += 1
+                    continue
+                pixels = grey_image(content, side)
+            yield (pixels.reshape(-1),), label
 
 
 class Aan(FileReader):
@@ -299,18 +276,18 @@ class Aan(FileReader):
 
     def examples(self, part: str) -> Iterator[Example]:
         path, limit = self.sources(part)[0], self.config.document_len
-        with open(path, "rb") as handle:  # bytes: nothing is decoded, so nothing can be invalid
-            for number, line in enumerate(handle, start=1):
-                where = f"{path} row {number}"
-                columns = line.rstrip(b"\r\n").split(b"\t")
-                if len(columns) != AAN_COLUMNS:
-                    raise DataError(
-                        f"{where}: has {len(columns)} columns, expected label, two ids and two "
-                        "texts; the file may be cut short, fetch it again"
-                    )
-                label = columns[0].decode("ascii", "backslashreplace").removesuffix(".0")
-                documents = tuple(self.tokenizer.encode(text[:limit]) for text in columns[3:])
-                yield documents, self.label(label, where)
+        for where, line in rows(path):  # bytes: nothing is decoded, so nothing can be invalid
+            columns = line.split(b"\t")
+            if len(columns) != AAN_COLUMNS:
+                raise DataError(
+                    f"{where}: has {len(columns)} columns, expected label, two ids and two texts; "
+                    "the file may be cut short, fetch it again"
+                )
+            if not all(columns[3:]):
+                raise DataError(f"{where}: holds an empty text; remove the row")
+            label = columns[0].decode("ascii", "backslashreplace").removesuffix(".0")
+            documents = tuple(self.tokenizer.encode(text[:limit]) for text in columns[3:])
+            yield documents, self.label(label, where)
 
 
 def open_dataset(config: Config) -> Reader:
@@ -334,7 +311,7 @@ def download_cifar10(data_dir: Path) -> None:
     # Whatever the import or the network raises, the way out is the same.
     except Exception as error:
         raise DataError(
-            f"CIFAR-10 could not be fetched through torchvision ({first_line(error)}); run "
+            f"CIFAR-10 could not be fetched through torchvision ({one_line(error, 150)}); run "
             "./get_lra_data.sh cifar10"
         ) from None
 
@@ -352,10 +329,12 @@ def download_imdb(folder: Path) -> None:
                     name = f"{number}_{row['label']}.txt"
                     path = half_done / labels[row["label"]] / name
                     path.write_text(row["text"], encoding="utf-8")
+    except FileExistsError:
+        return  # another process has done so meanwhile
     except Exception as error:
         raise DataError(
-            f"IMDb could not be fetched through Hugging Face datasets ({first_line(error)}); run "
-            "./get_lra_data.sh imdb"
+            f"IMDb could not be fetched through Hugging Face datasets ({one_line(error, 150)}); "
+            "run ./get_lra_data.sh imdb"
         ) from None
 
 
@@ -373,22 +352,24 @@ def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, n
     """
     ids = {word: i for i, word in enumerate(vocabulary, start=WordTokenizer.unknown_id + 1)}
     vectors = {}
-    try:
-        with open(path, encoding="utf-8", errors="backslashreplace") as handle:
-            for number, line in enumerate(handle, start=1):
-                word, *values = line.rstrip("\n").split(" ")
-                if word not in ids:
-                    continue
-                if len(values) != dim:
-                    raise DataError(
-                        f"{path} row {number}: has {len(values)} values, dim={dim}; set dim to the "
-                        "width of the vectors"
-                    )
-                vectors[ids[word]] = np.array(values, dtype=np.float32)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name a GloVe text file") from None
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} row {number}: holds something that is not a number") from None
+    with told(path, "name a GloVe text file"):
+        for where, line in rows(Path(path)):
+            word, *values = line.decode("utf-8", "backslashreplace").split(" ")
+            if word not in ids:
+                continue
+            if len(values) != dim:
+                raise DataError(
+                    f"{where}: has {len(values)} values, dim={dim}; set dim to the width of the "
+                    "vectors"
+                )
+            with told(where, "fetch the file again"):
+                vectors[ids[word]] = finite_numbers(values)
     return vectors
+
+
+def finite_numbers(texts: list[str]) -> np.ndarray:
+    """float32 (n,) of their texts. Raises ValueError."""
+    numbers = np.array(texts, dtype=np.float32)
+    if not np.isfinite(numbers).all():
+        raise ValueError("holds a number that is not finite")
+    return numbers

@@ -20,7 +20,8 @@ from data.generation import (
     results_in_order,
 )
 from data.inspection import LAYOUTS, LISTOPS_HEADER
-from run.files import whole_folder, write_json
+from run.files import write_json
+from run.folders import whole_folder
 
 LAYOUT = LAYOUTS["listops"]
 TRAIN, VAL, TEST = LAYOUT.expected  # sequences
@@ -266,7 +267,7 @@ def generate_listops(
     names = {split: LAYOUT.parts[split][0] for split in counts}
     chunk = functools.partial(listops_chunk, seed=seed, **lengths)
     with (
-        whole_folder(target) as folder,
+        whole_folder(target, "generates ListOps") as folder,
         contextlib.closing(distinct_rows(chunk, workers)) as rows,
         tqdm(total=sum(counts.values()), desc="listops", unit="seq", disable=None) as progress,
     ):

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from lra_config import Config, UserError
-from run.files import whole_folder, write_json
+from lra_config import PADDING_ID, Config, UserError
+from run.files import write_json
+from run.folders import whole_folder
+from run.locks import locked, remove_stale
+from run.text import one_line
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
+MAX_JSON = 2**24  # bytes
 CACHE_VERSION = 3  # raise it when a reader or the layout below changes
 
 
@@ -52,11 +58,20 @@ class PackedSplit:
         )
 
 
+class Info(BaseModel):
+    """`info.json` of a packed part."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    skipped: NonNegativeInt
+
+
 class Tokenizer(Protocol):
     """What turns one document into small integers."""
 
     dtype: type
-    offset: int
+    offset: int  # a token's id is what is stored plus this
+    vocab_size: int
 
     def encode(self, document: Any) -> np.ndarray: ...
 
@@ -134,6 +149,23 @@ def cache_dir(config: Config) -> Path:
     return Path(config.data_dir) / ".cache"
 
 
+def cached_json(config: Config, name: str, schema: Any, make: Callable[[], Any]) -> Any:
+    """What the cache keeps as JSON under a name, as pydantic reads `schema`; made if missing.
+
+    Raises:
+        DataError: it is damaged, or could not be written.
+    """
+    path = cache_dir(config) / name
+    if not path.exists():
+        with _written(path, name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_name(name + ".lock"), "makes it", wait=True):
+                if not path.exists():
+                    write_json(path, make())
+    with _read(path):
+        return _checked_json(path, schema)
+
+
 def _load_part(reader: Reader, part: str) -> PackedSplit:
     config = reader.config
     digest = fingerprint(
@@ -142,41 +174,94 @@ def _load_part(reader: Reader, part: str) -> PackedSplit:
     )
     folder = cache_dir(config) / f"{config.dataset}-{part}-{digest}"
     if not folder.exists():
-        try:
+        with _written(folder, f"the packed {part} split"):
+            remove_stale(folder.parent)
             _pack(reader, part, folder)
-        except FileExistsError:
-            pass  # another process has packed the same part meanwhile
-        except OSError as error:
-            advice = "restore the file"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
-                advice = "free some space or set another data_dir"
-            raise DataError(
-                f"{error.filename or folder}: {error.strerror or error}; the packed {part} split "
-                f"was not written, {advice}"
-            ) from error
-    try:
+    with _read(folder):
         return _read_packed(reader, folder)
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise DataError(f"{folder}: damaged ({error}); remove the folder") from None
+
+
+@contextlib.contextmanager
+def _written(path: Path, what: str) -> Iterator[None]:
+    """Raise DataError, with advice, where a source cannot be read or the cache not written."""
+    try:
+        yield
+    except FileExistsError:
+        pass  # another process has written the same meanwhile
+    except OSError as error:
+        place = Path(error.filename or path)
+        advice = "restore the file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
+            advice = "free some space or set another data_dir"
+        elif place.is_relative_to(path.parent):
+            advice = "make it writable, or copy the data to another data_dir"
+        raise DataError(
+            f"{place}: {error.strerror or error}; {what} was not written, {advice}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _read(path: Path) -> Iterator[None]:
+    """Raise DataError for whatever a damaged part of the cache makes its reader raise."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise DataError(
+            f"{path}: damaged ({one_line(reason or type(error).__name__, 150)}); remove it"
+        ) from None
+
+
+def _checked_json(path: Path, schema: Any) -> Any:
+    with open(path, "rb") as handle:
+        return TypeAdapter(schema).validate_json(handle.read(MAX_JSON), strict=True)
 
 
 def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
-    info = json.loads((folder / "info.json").read_text())
-    lengths = np.load(folder / "lengths.npy")  # (examples, documents)
+    """Map a packed part.
+
+    Raises:
+        Exception: its files are damaged, or say different things.
+    """
+    config, task = reader.config, reader.config.task
+    skipped = _checked_json(folder / "info.json", Info).skipped
+    labels = _mapped(folder / "labels.npy", np.int64, 1)
+    lengths = _mapped(folder / "lengths.npy", np.int64, 2)  # (examples, documents)
+    tokens = _mapped(folder / "tokens.npy", reader.tokenizer.dtype, 1)
+    if not len(labels) or lengths.shape != (len(labels), task.num_documents):
+        raise ValueError(f"{lengths.shape} lengths for {len(labels)} labels")
+    if lengths.min() < 1 or lengths.max() > config.document_len:
+        raise ValueError(f"a document has not between 1 and {config.document_len} tokens")
+    if lengths.sum() != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens for lengths of {lengths.sum()} together")
+    if labels.min() < 0 or labels.max() >= task.num_classes:
+        raise ValueError(f"a label is not one of 0..{task.num_classes - 1}")
+    offset, size = reader.tokenizer.offset, reader.tokenizer.vocab_size
+    if int(tokens.min()) + offset <= PADDING_ID or int(tokens.max()) + offset >= size:
+        raise ValueError(f"a token is not one of {PADDING_ID + 1}..{size - 1}")
     ends = lengths.cumsum().reshape(lengths.shape)
-    reader.skipped += info["skipped"]
+    reader.skipped += skipped
     return PackedSplit(
-        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
-        starts=ends - lengths,
-        lengths=lengths,
-        labels=np.load(folder / "labels.npy"),
-        offset=reader.tokenizer.offset,
+        tokens=tokens, starts=ends - lengths, lengths=np.array(lengths), labels=np.array(labels),
+        offset=offset,
     )
+
+
+def _mapped(path: Path, dtype: type, dimensions: int) -> np.ndarray:
+    """An array in its file: one that claims more than the file holds is refused, not allocated."""
+    array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype != dtype or array.ndim != dimensions:
+        raise ValueError(f"{path.name} holds {array.ndim} dimensions of {array.dtype}")
+    if array.offset + array.nbytes != path.stat().st_size:
+        raise ValueError(f"{path.name} holds more than its array")
+    return array
 
 
 def _pack(reader: Reader, part: str, folder: Path) -> None:
     """Write a packed part into a folder that appears whole or not at all."""
-    with whole_folder(folder) as half_done:
+    with whole_folder(folder, "packs it") as half_done:
         dtype = np.dtype(reader.tokenizer.dtype)
         lengths, labels = [], []
         skipped_before = reader.skipped

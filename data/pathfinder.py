@@ -23,7 +23,8 @@ from data.generation import (
     results_in_order,
 )
 from data.inspection import LAYOUTS
-from run.files import whole_folder, write_json
+from run.files import write_json
+from run.folders import whole_folder
 
 (IMAGES,) = LAYOUTS["pathfinder32"].expected
 PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")
@@ -135,7 +136,7 @@ def generate_pathfinder(
     chunk = functools.partial(pathfinder_chunk, seed=seed, split=split, images=images)
     num_chunks = -(-images // CHUNK_IMAGES)
     with (
-        whole_folder(target) as folder,
+        whole_folder(target, "generates Pathfinder32") as folder,
         contextlib.closing(results_in_order(chunk, workers)) as chunks,
         tqdm(total=images, desc=f"pathfinder32 {split}", unit="img", disable=None) as progress,
     ):

@@ -18,7 +18,8 @@ import numpy as np
 
 from data.generation import FORMAT_VERSION, check_numbers
 from data.inspection import LAYOUTS
-from run.files import whole_folder, write_json
+from run.files import write_json
+from run.folders import whole_folder
 
 LAYOUT = LAYOUTS["aan"]
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
@@ -125,7 +126,7 @@ def generate_review_pairs(
 
     target = Path(out, LAYOUT.folders[0])
     names = dict(zip(splits, (name for (name,) in LAYOUT.parts.values()), strict=True))
-    with whole_folder(target) as folder:
+    with whole_folder(target, "generates review pairs") as folder:
         counts, sha256 = {}, {}
         for split, chosen in splits.items():
             rows = list(pair_rows(chosen, rng))

@@ -1,9 +1,8 @@
-"""Files and folders that appear whole or not at all."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -48,40 +47,6 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `target` when the body ends, or vanishes.
-
-    Args:
-        target: its parents are created if missing.
-    Raises:
-        FileExistsError: something is there already, or by the end; it is left as it is.
-        OSError: the folder cannot be written; the error names a file.
-    """
-    target = Path(target)
-
-    def refuse_to_overwrite() -> None:
-        if os.path.lexists(target):
-            raise FileExistsError(
-                errno.EEXIST, "exists; remove it or choose another place", str(target)
-            )
-
-    refuse_to_overwrite()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        with named_os_errors(target):
-            yield part
-            # One call instead of an fsync per file, of which there may be hundreds of thousands.
-            if hasattr(os, "sync"):
-                os.sync()
-            refuse_to_overwrite()
-            os.rename(part, target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
         raise
 
 
