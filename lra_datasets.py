@@ -65,6 +65,8 @@ class FileReader:
         for path in (path for part in self.parts for path in self.places(part)):
             if not (path.is_file() or path.is_dir()):
                 raise DataError(f"{path}: missing; {self.advice}")
+            if not self._files(path):
+                raise DataError(f"{path}: holds no {self.layout.suffix} file; {self.advice}")
 
     def sources(self, part: str) -> list[Path]:
         """The files of a part; those of a folder in the order of their names."""
@@ -105,10 +107,11 @@ class ListOps(FileReader):
     """`lra_release/listops-1000/basic_{train,val,test}.tsv`, columns Source and Target."""
 
     layout = LAYOUTS["listops"]
+    advice = "restore it, or remove the whole folder to have it generated"
 
     def prepare(self) -> None:
         """Generate the files when none is there; some of them are a mistake."""
-        paths = [path for part in self.parts for path in self.sources(part)]
+        paths = [path for part in self.parts for path in self.places(part)]
         missing = [path for path in paths if not path.exists()]
         if len(missing) == len(paths):
             log_line(f"no ListOps files in {self.folder}: generating them")
@@ -118,8 +121,9 @@ class ListOps(FileReader):
         elif missing:
             raise DataError(
                 f"{missing[0]}: missing while the other split files are there; restore it, or "
-                "remove all three to have them generated"
+                "remove the whole folder to have them generated"
             )
+        super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
         path = self.sources(part)[0]
@@ -157,9 +161,6 @@ class Imdb(FileReader):
         if not self.folder.is_dir() and self.config.download:
             download_imdb(self.folder)
         super().prepare()
-        for folder in (folder for part in self.parts for folder in self.places(part)):
-            if not self._files(folder):
-                raise DataError(f"{folder}: holds no reviews; {self.advice}")
         if self.config.task.tokenizer is WordTokenizer:
             self.tokenizer = WordTokenizer(self._vocabulary())
 
@@ -227,6 +228,7 @@ class Pathfinder32(FileReader):
     """`pathfinder32/curv_contour_length_14/{imgs,metadata}`: grey images and rows about them."""
 
     layout = LAYOUTS["pathfinder32"]
+    advice = "restore it, or remove the whole folder to have it generated"
 
     def sources(self, part: str) -> list[Path]:
         return sorted(super().sources(part), key=lambda path: (len(path.name), path.name))
@@ -237,14 +239,7 @@ class Pathfinder32(FileReader):
             with contextlib.suppress(FileExistsError):  # another process has done so meanwhile
                 generate_pathfinder(self.config.data_dir, seed=0)
             self.folder = self.layout.folder(self.config.data_dir)
-        for name in ("imgs", "metadata"):
-            if not (self.folder / name).is_dir():
-                raise DataError(
-                    f"{self.folder / name}: missing; restore it, or remove {self.folder} to have "
-                    "it generated"
-                )
-        if not self.sources("all"):
-            raise DataError(f"{self.folder / 'metadata'}: holds no .npy file; fetch it again")
+        super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
         side = int(self.config.task.max_seq_len**0.5)

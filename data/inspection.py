@@ -118,10 +118,10 @@ def inspect(name: str, root: str | Path) -> Finding:
 def generation_record(folder: Path) -> dict[str, Any] | None:
     """GENERATED.json of a folder; None if its files were not generated, {} if it is damaged."""
     try:
-        record = json.loads((folder / "GENERATED.json").read_bytes())
+        record = json.loads(first_bytes(folder / "GENERATED.json", 1 << 20))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -8,24 +8,24 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 from tqdm import tqdm
 
 from lra_config import PADDING_ID, Config, UserError
-from run.files import write_json
+from run.files import read_json, write_json
 from run.folders import whole_folder
 from run.locks import locked, remove_stale
 from run.text import one_line
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
-MAX_JSON = 2**24  # bytes
 CACHE_VERSION = 3  # raise it when a reader or the layout below changes
 
 
@@ -163,7 +163,7 @@ def cached_json(config: Config, name: str, schema: Any, make: Callable[[], Any])
                 if not path.exists():
                     write_json(path, make())
     with _read(path):
-        return _checked_json(path, schema)
+        return read_json(path, TypeAdapter(schema))
 
 
 def _load_part(reader: Reader, part: str) -> PackedSplit:
@@ -206,17 +206,8 @@ def _read(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-        raise DataError(
-            f"{path}: damaged ({one_line(reason or type(error).__name__, 150)}); remove it"
-        ) from None
-
-
-def _checked_json(path: Path, schema: Any) -> Any:
-    with open(path, "rb") as handle:
-        return TypeAdapter(schema).validate_json(handle.read(MAX_JSON), strict=True)
+        reason = one_line(str(error) or type(error).__name__, 150)
+        raise DataError(f"{path}: damaged ({reason}); remove it") from None
 
 
 def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
@@ -226,7 +217,7 @@ def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
         Exception: its files are damaged, or say different things.
     """
     config, task = reader.config, reader.config.task
-    skipped = _checked_json(folder / "info.json", Info).skipped
+    skipped = read_json(folder / "info.json", TypeAdapter(Info)).skipped
     labels = _mapped(folder / "labels.npy", np.int64, 1)
     lengths = _mapped(folder / "lengths.npy", np.int64, 2)  # (examples, documents)
     tokens = _mapped(folder / "tokens.npy", reader.tokenizer.dtype, 1)
@@ -251,7 +242,9 @@ def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
 
 def _mapped(path: Path, dtype: type, dimensions: int) -> np.ndarray:
     """An array in its file: one that claims more than the file holds is refused, not allocated."""
-    array = np.lib.format.open_memmap(path, mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype != dtype or array.ndim != dimensions:
         raise ValueError(f"{path.name} holds {array.ndim} dimensions of {array.dtype}")
     if array.offset + array.nbytes != path.stat().st_size:

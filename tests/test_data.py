@@ -138,14 +138,18 @@ def test_an_empty_or_foreign_file_is_named(data, content):
 
 
 def test_some_missing_files_are_an_error_and_all_missing_are_generated(data, monkeypatch):
-    asked = []
-    monkeypatch.setattr(lra_datasets, "generate_listops", lambda out, **k: asked.append(out))
+    asked, kept = [], shutil.copytree(folder(data), data / "kept")
+
+    def generate(out, **_):
+        asked.append(out)
+        shutil.copytree(kept, folder(data))
+
+    monkeypatch.setattr(lra_datasets, "generate_listops", generate)
     (folder(data) / "basic_val.tsv").unlink()
     with pytest.raises(DataError, match=r"basic_val\.tsv: missing"):
         load(data)
     assert not asked
-    for path in folder(data).glob("*.tsv"):
-        path.unlink()
+    shutil.rmtree(folder(data))
     open_dataset(tiny_config(data_dir=str(data)))
     assert asked == [str(data)]
 

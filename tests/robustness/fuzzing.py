@@ -52,8 +52,8 @@ def damaged(draw: st.DrawFn, *valid: bytes) -> bytes:
 # Texts and numbers on which parsers have fallen before.
 TELLING = (
     b"\x00", b"\n", b"\r", b"\t", b" ", b"\x1b[31m", b"\xff" * 4, b"\xff" * 8,
-    b"\x7f" + b"\xff" * 7, b"\x80", b"9" * 4301, b"-1", b"1e999", b"nan", b"../", b"\xd9\xa3", b"\xed\xa0\x80", b"(", b"[",
-    b"{", b'"', b"null", b"true", b"1.5",
+    b"\x7f" + b"\xff" * 7, b"\x80", b"9" * 4301, b"-1", b"1e999", b"nan", b"../", b"\xd9\xa3",
+    b"\xed\xa0\x80", b"(", b"[", b"{", b'"', b"null", b"true", b"1.5",
 )
 
 

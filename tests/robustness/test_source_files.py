@@ -28,7 +28,7 @@ def write_listops(data: Path) -> None:
     folder = data / LISTOPS
     folder.parent.mkdir(parents=True)
     for part in ("train", "val", "test"):
-        (folder.parent / f"basic_{part}.tsv").write_text("Source\tTarget\n( [MAX 3 ) ] )\t3\n" * 1)
+        (folder.parent / f"basic_{part}.tsv").write_text("Source\tTarget\n( [MAX 3 ) ] )\t3\n")
 
 
 WRITE = {**WRITERS, "listops": write_listops}
@@ -126,7 +126,7 @@ BATCHES = {
     "a place far off": (b"\x80\x02]r\xff\xff\xff\x7f.", "no dictionary"),
     "a terabyte": (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", ""),
     "a million brackets": (b"\x80\x02" + b"(" * 10**6, ""),
-    "a tower of tuples": (b"\x80\x02)" + b"\x85" * 10**6 + b".", "no dictionary"),
+    "a tower of tuples": (b"\x80\x02)" + b"\x85" * 10**6 + b".", "no end"),
     "nothing": (b"", ""),
     "a text": (b"hello", ""),
     "cut": (pickled()[:-3000], ""),
@@ -134,13 +134,13 @@ BATCHES = {
 
 ROWS = {
     ("listops", LISTOPS): {
-        "a label of 4,301 digits": (b"1\t" + b"9" * 4301, "row 2: label"),
-        "an Arabic digit": ("1\t\N{ARABIC-INDIC DIGIT THREE}".encode(), "row 2: label"),
+        "a label of 4,301 digits": (b"1\t" + b"9" * 4301, "row 3: label"),
+        "an Arabic digit": ("1\t\N{ARABIC-INDIC DIGIT THREE}".encode(), "row 3: label"),
         "escape codes": (b"\x1b[31m\t1", r"\x1b[31m"),
-        "a token of five megabytes": (b"x" * 5_000_000 + b"\t1", "row 2: unknown token"),
-        "a row without end": (b"1 " * 2**24, "row 2: has more than 16,777,216 bytes"),
-        "NUL": (b"1\x00\t1", "row 2: unknown token"),
-        "broken UTF-8": (b"\xff\t1", "row 2: unknown token"),
+        "a token of five megabytes": (b"x" * 5_000_000 + b"\t1", "row 3: unknown token"),
+        "a row without end": (b"1 " * 2**24, "row 3: has more than 16,777,216 bytes"),
+        "NUL": (b"1\x00\t1", "row 3: unknown token"),
+        "broken UTF-8": (b"\xff\t1", "row 3: unknown token"),
     },
     ("aan", AAN): {
         "an empty text": (b"1.0\ta\tb\t\tsecond", "row 13: holds an empty text"),
