@@ -409,7 +409,7 @@ def test_signal_leaves_no_file(signal_number: int, status: int, tmp_path: Path) 
     )
     give_up = time.monotonic() + 30
     # Rows on the disk: all processes are at work.
-    while not any(path.stat().st_size for path in files_under(tmp_path)):
+    while not any(path.stat().st_size for path in tmp_path.rglob("*.tsv")):
         assert process.poll() is None and time.monotonic() < give_up
         time.sleep(0.05)
     process.send_signal(signal_number)
