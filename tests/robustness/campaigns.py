@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from conftest import TINY, called, finished, start_process, wait_for
+from conftest import ROOT, TINY, called, start_process, wait_for
 from test_train import assert_same_outcome
 
 import generate_lra
@@ -22,12 +28,48 @@ from run import checkpoint
 from run.log import read_metrics
 from train import train
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["campaigns", "experiments.sweep", "predict"])
+COUNT = itertools.count()
 LISTOPS = "lra_release/listops-1000"
 SPLITS = {"train": 20_000, "val": 300, "test": 300, "min_length": 9, "max_length": 41}
 EVAL_INTERVAL = 25
 MOMENTS = (
     "start", "step", "step", "step", "writing", "evaluation", "packing", "generation", "race"
 )
+
+
+class Program:
+    """A script in a process of its own that has the libraries loaded, used as a `Popen` is."""
+
+    def __init__(self, script: str, arguments: Sequence[str], folder: Path) -> None:
+        self._errors = folder / f"errors{next(COUNT)}"
+        self._process = PROCESSES.Process(
+            target=_run_script, args=(str(ROOT / script), arguments, folder, self._errors)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+        self.kill, self.terminate = self._process.kill, self._process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self._process.join(timeout)
+        return "", self._errors.read_text() if self._errors.exists() else ""
+
+
+def _run_script(script: str, arguments: Sequence[str], folder: Path, errors: Path) -> None:
+    os.chdir(folder)
+    for path, number in ((os.devnull, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 @dataclass
@@ -54,16 +96,8 @@ class Campaign:
         train(load_config(self.config, ["run_name=whole"]))
         self.run, self.cache = self.folder / "struck", data / ".cache"
 
-    def start(self) -> subprocess.Popen:
-        return start_process(
-            "run_train.py", "--config", self.config, "--resume", cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-        )
-
-    def start_generation(self) -> subprocess.Popen:
-        return start_process(
-            "generate_lra.py", *self.generation(), cwd=self.folder, stdout=subprocess.DEVNULL
-        )
+    def start(self) -> Program:
+        return Program("run_train.py", ["--config", str(self.config), "--resume"], self.folder)
 
     def generation(self) -> list[str]:
         options = {"out": self.folder / "generated", "seed": 0, "workers": 1, **SPLITS}
@@ -83,14 +117,21 @@ class Campaign:
             return False
         return row["step"] % EVAL_INTERVAL == 0 and "val_loss" not in row
 
-    def started_until(self, moment: str) -> list[subprocess.Popen]:
+    def started_until(self, moment: str) -> list[Program | subprocess.Popen]:
         """Processes that have come to a random moment of that kind, the one to be struck first."""
         if moment == "generation":
             shutil.rmtree(self.folder / "generated", ignore_errors=True)
-            process = self.start_generation()
+            process = Program("generate_lra.py", self.generation(), self.folder)
             parent = self.folder / "generated" / Path(LISTOPS).parent
             wait_for(process, lambda: any(parent.glob("*.part")))
             time.sleep(self.random.uniform(0, 1))
+            return [process]
+        if moment == "start":  # with all that is loaded before the first of our lines
+            process = start_process(
+                "run_train.py", "--config", self.config, "--resume", cwd=self.folder,
+                stdout=subprocess.DEVNULL,
+            )
+            time.sleep(self.random.uniform(1, 5))
             return [process]
         if moment == "packing":
             shutil.rmtree(self.cache)
@@ -99,14 +140,12 @@ class Campaign:
         if moment == "race":
             processes.append(self.start())
             self.random.shuffle(processes)
-        if moment == "start":
-            time.sleep(self.random.uniform(1, 5))
-        elif moment == "packing":
+        if moment == "packing":
             wait_for(process, lambda: any(self.cache.glob("*.part")))
             time.sleep(self.random.uniform(0, 0.3))
         else:
             goal = self.last_step() + self.random.randrange(5, 40)
-            wait_for(process, lambda: self.last_step() >= goal)
+            wait_for(process, lambda: time.sleep(0.02) or self.last_step() >= goal)
             if moment == "step":
                 time.sleep(self.random.uniform(0, 0.1))
             elif moment == "writing":
@@ -182,11 +221,11 @@ def term_campaign(folder: Path, signals: int, seed: int = 1) -> dict:
         (process,) = campaign.started_until(moment)
         start = time.monotonic()
         process.terminate()
-        result = finished(process)
+        _, errors = process.communicate(timeout=300)
         seconds = time.monotonic() - start
         longest = max(longest, seconds)
-        assert result.returncode == 143, (moment, result.stderr)
-        assert re.fullmatch(r"(run_train|generate_lra)\.py: .*\n", result.stderr), result.stderr
+        assert process.returncode == 143, (moment, errors)
+        assert re.fullmatch(r"(run_train|generate_lra)\.py: .*\n", errors), errors
         campaign.hits[moment] += 1
         campaign.assert_nothing_is_damaged()
         print(f"{number} signals, the last: {moment}, {seconds:.2f} s", flush=True)
