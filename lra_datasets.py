@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pkgutil
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,22 @@ class FileReader:
             for path in sorted(e.path for e in os.scandir(place) if e.is_file())
             if path.endswith(self.layout.suffix)
         ]
+
+    def fetch(self, download: Callable[[Path], None]) -> None:
+        """Fill the folder, whole or not at all, unless it is there.
+
+        Raises:
+            DataError: whatever the import or the network raises, the way out is the same.
+        """
+        try:
+            with whole_folder(self.folder, "downloads it") as half_done:
+                download(half_done)
+        except FileExistsError:
+            pass  # before, or by another process meanwhile
+        except Exception as error:
+            raise DataError(
+                f"{self.folder}: could not be downloaded ({one_line(error, 150)}); {self.advice}"
+            ) from None
 
     def key(self) -> dict[str, Any]:
         return {}
@@ -155,11 +172,11 @@ class Imdb(FileReader):
     """`aclImdb/{train,test}/{pos,neg}/*.txt`: bytes (`imdb_lra`) or words."""
 
     layout = LAYOUTS["imdb"]
-    advice = "run ./get_lra_data.sh imdb, or set download: true"
+    advice = "run ./get_lra_data.sh imdb, or set download: true, which needs the package datasets"
 
     def prepare(self) -> None:
-        if not self.folder.is_dir() and self.config.download:
-            download_imdb(self.folder)
+        if self.config.download:
+            self.fetch(download_imdb)
         super().prepare()
         if self.config.task.tokenizer is WordTokenizer:
             self.tokenizer = WordTokenizer(self._vocabulary())
@@ -207,11 +224,11 @@ class Cifar10(FileReader):
     """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as grey levels."""
 
     layout = LAYOUTS["cifar10"]
-    advice = "run ./get_lra_data.sh cifar10, or set download: true"
+    advice = "run ./get_lra_data.sh cifar10, or set download: true, which needs torchvision"
 
     def prepare(self) -> None:
-        if not self.folder.is_dir() and self.config.download:
-            download_cifar10(Path(self.config.data_dir))
+        if self.config.download:
+            self.fetch(download_cifar10)
         super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
@@ -297,40 +314,27 @@ def open_dataset(config: Config) -> Reader:
     return reader
 
 
-def download_cifar10(data_dir: Path) -> None:
+def download_cifar10(folder: Path) -> None:
     """Fetch CIFAR-10 through torchvision."""
-    try:
-        from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10
 
-        CIFAR10(root=data_dir, download=True)
-    # Whatever the import or the network raises, the way out is the same.
-    except Exception as error:
-        raise DataError(
-            f"CIFAR-10 could not be fetched through torchvision ({one_line(error, 150)}); run "
-            "./get_lra_data.sh cifar10"
-        ) from None
+    root = folder / "download"
+    CIFAR10(root=root, download=True)
+    for path in (root / CIFAR10.base_folder).iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(root)
 
 
 def download_imdb(folder: Path) -> None:
     """Fetch IMDb through Hugging Face `datasets`, laid out as the official archive unpacks."""
-    try:
-        from datasets import load_dataset
+    from datasets import load_dataset
 
-        with whole_folder(folder) as half_done:
-            for part, labels in Imdb.layout.parts.items():
-                for label in labels:
-                    (half_done / label).mkdir(parents=True)
-                for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
-                    name = f"{number}_{row['label']}.txt"
-                    path = half_done / labels[row["label"]] / name
-                    path.write_text(row["text"], encoding="utf-8")
-    except FileExistsError:
-        return  # another process has done so meanwhile
-    except Exception as error:
-        raise DataError(
-            f"IMDb could not be fetched through Hugging Face datasets ({one_line(error, 150)}); "
-            "run ./get_lra_data.sh imdb"
-        ) from None
+    for part, labels in Imdb.layout.parts.items():
+        for label in labels:
+            (folder / label).mkdir(parents=True)
+        for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
+            path = folder / labels[row["label"]] / f"{number}_{row['label']}.txt"
+            path.write_text(row["text"], encoding="utf-8")
 
 
 def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, np.ndarray]:

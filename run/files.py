@@ -23,7 +23,8 @@ def named_os_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else it is no system's: with a name it would lose its words
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,48 @@ def test_a_data_set_of_ones_own_trains_as_the_documents_have_it(tmp_path):
     assert done.returncode == 0 and "test_acc" in done.stdout, done.stderr
     (summary,) = tmp_path.glob("runs/*/summary.json")
     assert '"train": 22' in summary.read_text() and '"test": 24' in summary.read_text()
+
+
+def stub_libraries(monkeypatch, fail_after: int) -> None:
+    """In the place of torchvision and `datasets`: small data, and a network that breaks."""
+    left = [fail_after]
+
+    def tick() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ConnectionError("the network is gone\nand more")
+
+    class CIFAR10:
+        base_folder = "cifar-10-batches-py"
+
+        def __init__(self, root: Path, download: bool) -> None:
+            write_cifar10(root)
+            (root / "cifar-10-python.tar.gz").write_bytes(b"archive")
+            tick()
+
+    def load_dataset(name: str, split: str) -> list[dict]:
+        tick()
+        return [{"text": f"A film, {split} {i}", "label": i % 2} for i in range(40)]
+
+    for name, contents in (
+        ("torchvision", {}), ("torchvision.datasets", {"CIFAR10": CIFAR10}),
+        ("datasets", {"load_dataset": load_dataset}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "imdb_lra"])
+def test_a_download_is_whole_or_leaves_nothing(dataset, tmp_path, monkeypatch):
+    config = small_config(dataset, tmp_path, download=True)
+    stub_libraries(monkeypatch, fail_after=dataset == "imdb_lra")
+    with pytest.raises(DataError, match=r"the network is gone and more.*get_lra_data") as caught:
+        open_dataset(config)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    stub_libraries(monkeypatch, fail_after=9)
+    sizes = {name: len(split) for name, split in splits_of(config).items()}
+    assert sum(sizes.values()) == {"cifar10": 60, "imdb_lra": 80}[dataset]
+    assert not list(tmp_path.rglob("*.tar.gz"))
+    stub_libraries(monkeypatch, fail_after=0)  # it is there: nothing is fetched
+    open_dataset(config)

@@ -164,7 +164,32 @@ def test_two_processes_pack_once(data):
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
     assert all("{'train': 200, 'val': 20, 'test': 20}" in output for output, _ in outputs)
+    assert sum(output.count("packs") for output, _ in outputs) >= 3
     assert not [p.name for p in (data / ".cache").iterdir() if p.suffix in (".part", ".lock")]
+
+
+GENERATE = (
+    "import sys, functools; from lra_config import make_config; import lra_datasets;"
+    "from data.packing import load_splits;"
+    "lra_datasets.generate_listops = functools.partial(lra_datasets.generate_listops, train=20_000,"
+    " val=20, test=20, workers=1, min_length=9, max_length=41);"
+    "config = make_config({'dataset': 'listops', 'data_dir': sys.argv[1], 'max_seq_len': 40,"
+    " 'num_segments': 4});"
+    "print(len(load_splits(lra_datasets.open_dataset(config))['train']))"
+)
+
+
+def test_two_processes_generate_once(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", GENERATE, str(tmp_path)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [output.split()[-1] for output, _ in outputs] == ["20000"] * 3, outputs
+    assert [p.name for p in (tmp_path / "lra_release").iterdir()] == ["listops-1000"]
 
 
 def test_what_killed_processes_left_is_removed_and_what_is_in_work_is_not(data):
