@@ -74,7 +74,7 @@ def copy_tree(target: Path) -> None:
                 shutil.copytree(
                     path, target / path.name, ignore=shutil.ignore_patterns("__pycache__")
                 )
-        elif path.suffix in (".py", ".toml"):
+        elif path.suffix in (".py", ".toml", ".bib"):
             shutil.copy(path, target)
     shutil.copytree(
         ROOT / TESTS, target / TESTS, ignore=shutil.ignore_patterns("__pycache__")
