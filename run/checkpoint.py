@@ -38,6 +38,7 @@ ADMITTED = {
     "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
     "torch DoubleStorage", "torch HalfStorage", "torch BFloat16Storage", "torch LongStorage",
 }
+PICKLE_PROTOCOL = 2
 MAX_PICKLE = 64 * 2**20  # bytes; a vocabulary takes half a megabyte
 MAX_TENSORS = 100_000
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64}
@@ -170,6 +171,8 @@ def _look_through(path: Path) -> None:
         if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
             raise ValueError("it holds no data.pkl of a checkpoint's size")
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            if opcode.name == "PROTO" and argument != PICKLE_PROTOCOL:
+                raise ValueError(f"its pickle is of protocol {argument}")
             if opcode.name == "STACK_GLOBAL" or (
                 "GLOBAL" in opcode.name and argument not in ADMITTED
             ):

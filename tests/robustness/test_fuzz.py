@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -105,52 +105,54 @@ def restored(config, path: Path) -> Callable[[bytes], None]:
     return held
 
 
+def damaged_files(folder: Path, names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """One of a folder's files with its name, damaged."""
+    return st.one_of(*(
+        st.tuples(st.just(name), damaged((folder / name).read_bytes())) for name in names
+    ))
+
+
 @number_of_inputs
-def test_the_pickle_of_a_checkpoint(tmp_path, run, listops_dir, inputs):
+def test_a_checkpoint(tmp_path, run, listops_dir, inputs):
     (tmp_path / "run").mkdir()
     held = restored(config_of(listops_dir, tmp_path), tmp_path / "run/last.pt")
     with zipfile.ZipFile(run / "last.pt") as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
-        valid = archive.read(name)
-    held(repacked(run, valid))
-    search(lambda content: held(repacked(run, content)), damaged(valid), inputs)
+        pickled = archive.read(name)
+    held(repacked(run, pickled))
+    search(held, st.one_of(
+        damaged((run / "last.pt").read_bytes()), damaged(pickled).map(lambda p: repacked(run, p)),
+    ), inputs)
 
 
 @number_of_inputs
-def test_the_archive_of_a_checkpoint(tmp_path, run, listops_dir, inputs):
-    (tmp_path / "run").mkdir()
-    held = restored(config_of(listops_dir, tmp_path), tmp_path / "run/last.pt")
-    search(held, damaged((run / "last.pt").read_bytes()), inputs)
+def test_exported_weights(tmp_path, run, inputs):
+    names = ("model.safetensors", "config.json")
+    valid = {name: (run / name).read_bytes() for name in names}
 
-
-@number_of_inputs
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_exported_weights(tmp_path, run, name, inputs):
-    for other in ("model.safetensors", "config.json"):
-        (tmp_path / other).write_bytes((run / other).read_bytes())
-
-    def held(content: bytes) -> None:
-        (tmp_path / name).write_bytes(content)
+    def held(file: tuple[str, bytes]) -> None:
+        for name, content in {**valid, **dict([file])}.items():
+            (tmp_path / name).write_bytes(content)
         load_trained(tmp_path / "model.safetensors")
 
-    search(held, damaged((run / name).read_bytes()), inputs)
+    search(held, damaged_files(run, names), inputs)
 
 
 @number_of_inputs
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
-def test_a_run_folder(tmp_path, run, listops_dir, name, inputs):
+def test_a_run_folder(tmp_path, run, listops_dir, inputs):
     folder = tmp_path / "run"
     folder.mkdir()
-    for other in ("metrics.jsonl", "summary.json", "config.yaml"):
-        (folder / other).write_bytes((run / other).read_bytes())
+    names = ("metrics.jsonl", "summary.json", "config.yaml")
+    valid = {name: (run / name).read_bytes() for name in names}
     config = config_of(listops_dir, tmp_path, stop_after_steps=4)
 
-    def held(content: bytes) -> None:
-        (folder / name).write_bytes(content)
+    def held(file: tuple[str, bytes]) -> None:
+        for name, content in {**valid, **dict([file])}.items():
+            (folder / name).write_bytes(content)
         read_metrics(folder)
         finished(config)
 
-    search(held, damaged((run / name).read_bytes()), inputs)
+    search(held, damaged_files(run, names), inputs)
 
 
 LINES = (b"[MAX 2 9 [MIN 4 7 ] 0 ]", b"( ( [SM 1 ) 2 ) ]", b"1", b"[MED 1 2 3 ]\r\n[MIN 1 2 ]\n\n")
