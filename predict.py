@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -83,7 +84,11 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
         batches = evaluation_batches(splits[name], config, device, processes)
         slices = Slices(config, device)
         metrics = evaluate(model, batches, processes, slices)
-        result |= {f"{name}_{key}": value for key, value in metrics._asdict().items()}
+        result |= {
+            # JSON has no NaN, which an evaluation in float16 can come to.
+            f"{name}_{key}": value if math.isfinite(value) else None
+            for key, value in metrics._asdict().items()
+        }
         result[f"{name}_slices"] = slices.shares(processes)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from lra_config import UserError
 from run.signals import Terminated
 from run.terminal import is_first_process, open_standard_streams
 from run.text import one_line
+
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or name another"),
+    errno.EISDIR: "name a file",
+    errno.ENOENT: "name one that exists",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +43,8 @@ def run_program(name: str, body: Callable[[], None]) -> int:
         return fail(name, error, error.exit_status, by_all=error.met_by_all)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
-        return fail(name, reason, 2, by_all=False)
+        advice = ADVICE.get(error.errno, "see that it is there, and that it may be used")
+        return fail(name, f"{reason}; {advice}", 2, by_all=False)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except Terminated:

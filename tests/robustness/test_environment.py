@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import (
     ROOT,
     assert_refused,
@@ -62,8 +64,7 @@ def shell(command: str, cwd: Path) -> subprocess.CompletedProcess:
 def test_results_that_cannot_be_written_are_an_error(trained):
     (trained / "input.txt").write_text(EXPRESSION * 200)
     predict = "rmaat --checkpoint runs/run/best.pt --predict"
-    for command in (f"{predict} input.txt >/dev/full", f"{predict} input.txt >&-"):
-        assert_refused(shell(command, trained), "standard output")
+    assert_refused(shell(f"{predict} input.txt >&-", trained), "standard output")
     assert_refused(shell(f"{predict} - <&-", trained), "standard input")
     result = shell(f"{predict} input.txt | head -1; exit ${{PIPESTATUS[0]}}", trained)
     assert (result.returncode, result.stderr) == (0, "")  # the reader has had enough
@@ -127,3 +128,31 @@ def test_a_rank_without_a_launcher_is_nobodys(tmp_path, listops_dir, monkeypatch
     monkeypatch.setenv("RANK", "x")
     path = write_config(tmp_path, listops_dir, stop_after_steps=1)
     assert "test_acc" in run_cli("--config", path, cwd=tmp_path, check=True).stdout
+
+
+# Folders and memory
+
+
+def test_a_home_that_cannot_be_written_is_not_needed(tmp_path, listops_dir):
+    path = write_config(tmp_path, listops_dir, stop_after_steps=1)
+    result = shell(f"HOME=/proc/1 rmaat --config {path}", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("output_dir", "words"), [
+    ("/proc/runs", ["/proc/runs"]), ("tiny.yaml", ["tiny.yaml"]), ("a" * 300, ["aaa", "too long"]),
+])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, listops_dir, output_dir, words):
+    write_config(tmp_path, listops_dir)
+    result = run_cli("--config", "tiny.yaml", f"output_dir={output_dir}", cwd=tmp_path)
+    assert_refused(result, *words)
+    assert os.listdir(tmp_path) == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("work", [
+    lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, dtype=np.uint8),
+], ids=["torch", "numpy"])
+def test_memory_that_cannot_be_had_is_told_in_one_line(tmp_path, monkeypatch, work):
+    monkeypatch.setattr(run_train, "checked_command", lambda _: (work, 1.0))
+    result = called(run_train.main, cwd=tmp_path)
+    assert_refused(result, "allocate", "lower batch_size")
