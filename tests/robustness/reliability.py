@@ -78,6 +78,22 @@ def run_campaign(kind: str, count: int) -> dict:
         return campaign(Path(folder), count)
 
 
+def record(part: str, result: dict, seeds: Sequence[int]) -> None:
+    """Put a part's figures beside those of the others, and write the page anew."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    machine = f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
+    if part == "search":
+        machine += f", seeds {', '.join(map(str, seeds))}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / "reliability.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures[part] = {"commit": commit, "machine": machine, "result": result}
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    (FOLDER / "README.md").write_text(page(figures))
+
+
 def page(figures: dict) -> str:
     """The figures as a page in Markdown."""
     lines = [
@@ -122,9 +138,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--signals", type=int, default=20)
     options = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     for part in options.parts:
         if part == "cases":
             result = try_cases()
@@ -132,16 +145,7 @@ def main() -> int:
             result = search_inputs(options.seeds)
         else:
             result = run_campaign(part, getattr(options, part))
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        path = FOLDER / "reliability.json"
-        figures = json.loads(path.read_text()) if path.exists() else {}
-        python, cores = platform.python_version(), os.cpu_count()
-        machine = f"Python {python}, {platform.machine()}, {cores} cores"
-        figures[part] = {"commit": commit, "machine": machine, "result": result}
-        if part == "search":
-            figures[part]["machine"] += f", seeds {', '.join(map(str, options.seeds))}"
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-        (FOLDER / "README.md").write_text(page(figures))
+        record(part, result, options.seeds)
     return 0
 
 
