@@ -97,79 +97,21 @@ class Segment(NamedTuple):
     mask: Tensor | None
 
 
-class RMAAT(
-    nn.Module, PyTorchModelHubMixin, license="mit", paper_url="https://arxiv.org/abs/2601.00426"
-):
-    """The segment-recurrent encoder and its classification head.
+class SegmentRecurrent(nn.Module):
+    """What `bptt_backward` and `amrb_backward` ask of a model: a sequence cut into segments.
 
-    The memory that leaves segment t, times its retention factor, enters segment t + 1. With other
-    values of `attention_type`, `num_memory_tokens`, `num_segments` and `astro_mem` the same module
-    is RMT, RLT, AT, the Transformer, the linear Transformer, Nystromformer or Luna: see
-    `configs/tables/`.
-
-    `from_pretrained(folder or name on the Hugging Face Hub)` reads a finished run's weights,
-    `save_pretrained(folder)` and `push_to_hub(name)` write them with a model card.
+    A model of one's own gives `segment`, `initial_memory`, `combine` and a module `head`, and sets
+    `segment_len` and `max_seq_len`; examples/own_model.py is one. Its `segment` must be pure, as
+    AMRB runs it again and expects what it gave the first time: no running statistics, no state that
+    stays, no random number but of `seed`. All memories have one shape and type, (B, M, D), and
+    read-outs are (B, D).
     """
 
-    def __init__(self, config: Config, vocabulary: Sequence[str] | None = None) -> None:
-        """Draw the initial weights from torch's global random state.
-
-        Args:
-            config: the run; kept, as the weights mean nothing without it.
-            vocabulary: at the word level the words in the order of their ids, kept likewise.
-        Raises:
-            ConfigError: the weights would not fit into this machine's memory.
-        """
-        super().__init__()
-        check_fits(config, training=False)
-        self.config = config
-        self.vocabulary = None if vocabulary is None else list(vocabulary)
-        self.summary: dict[str, Any] | None = None  # of the finished run that was loaded
-        self.segment_len = config.segment_len
-        self.max_seq_len = config.max_seq_len
-        self.num_sequences = config.num_sequences  # sequences that one example is encoded as
-        self.pooling = config.pooling
-        self.precision = config.precision
-        self.position_embedding = config.position_embedding
-        T = config.num_segments // self.num_sequences
-        factors = retention_factors(T) if config.astro_mem else torch.ones(T, dtype=torch.float64)
-        self.register_buffer("retention_factors", factors, persistent=False)
-
-        self.token_embedding = nn.Embedding(
-            config.task.tokenizer.vocab_size, config.dim, padding_idx=PADDING_ID
-        )
-        if self.position_embedding == "learned":
-            L = T * self.segment_len
-            table = 0.02 * torch.randn(L, config.dim)
-            if config.position_scale:
-                sinusoids = sinusoidal_positions(torch.arange(L), config.dim, table.dtype)
-                table = config.position_scale * sinusoids
-            self.position_table = nn.Parameter(table)
-        elif config.position_embedding == "sinusoidal":
-            waves, turns = sinusoidal_segments(T, self.segment_len, config.dim)
-            self.register_buffer("position_waves", waves, persistent=False)  # (2, S, D) float64
-            self.register_buffer("position_turns", turns, persistent=False)  # (2, T, D) float64
-        self.embedding_norm = nn.LayerNorm(config.dim)
-        self.dropout = config.dropout
-        std = ATTENTION[config.attention_type].memory_std
-        self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        head_dim = config.dim if self.num_sequences == 1 else 4 * config.dim
-        self.head = nn.Linear(head_dim, config.task.num_classes)
-        if config.readout_norm == "batch":
-            # The head's weights do its scale and shift.
-            norm = nn.BatchNorm1d(head_dim, momentum=READOUT_MOMENTUM, affine=False)
-            self.head = nn.Sequential(norm, self.head)
-        # The starts of the embedding last, so that all other weights start as they do without.
-        if config.token_embedding == "ordinal":
-            self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(
-                config.task.tokenizer.vocab_size - 1, config.dim
-            )
-        if self.position_embedding == "periodic":
-            S = self.segment_len
-            code = periodic_positions(torch.arange(S), config.dim, S)  # (S, D)
-            self.register_buffer("position_code", code, persistent=False)
-            self.token_embedding.weight.data[:, code.any(dim=0)] = 0
+    segment_len: int  # S, tokens
+    max_seq_len: int  # T * S at most
+    num_sequences = 1  # that one example is encoded as
+    precision = "float32"  # RMAAT's own way to a lower one is `shared_weights`
+    head: nn.Module  # (B, what `combine` returns) to logits (B, C)
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, seed: Tensor | None = None
@@ -255,6 +197,121 @@ class RMAAT(
         if mask is not None:
             masks = [x.contiguous() for x in mask.split(self.segment_len, dim=1)]
         return [Segment(*pair) for pair in zip(pieces, masks, strict=True)], mask
+
+    def positions(self) -> Tensor | None:
+        """What all segments of a step share and depends on parameters alone; None for nothing."""
+        return None
+
+    def dropout_seed(self) -> Tensor | None:
+        """The seed () of one step's random numbers; None where there are none."""
+        return None
+
+    def initial_memory(self, batch_size: int) -> Tensor:
+        """mem_1, (B, M, D)."""
+        raise NotImplementedError
+
+    def segment(
+        self,
+        tokens: Tensor,
+        memory: Tensor,
+        index: int,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode segment `index`, from 0: mem_{t+1} (B, M, D) and a read-out (B, D).
+
+        Args:
+            tokens: (B, S), a column of the input each; fewer in a shorter last segment.
+            memory: mem_t, (B, M, D).
+            mask: (B, S) bool, True at real tokens; None if nothing is padded.
+            positions: what `positions()` returned.
+            seed: what `dropout_seed()` returned.
+        """
+        raise NotImplementedError
+
+    def combine(self, readouts: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """The head's input from the read-outs (B, D) of all segments that ran, in order.
+
+        Args:
+            mask: (B, L) bool of the sequence; None if every one of those segments is whole.
+        """
+        raise NotImplementedError
+
+
+class RMAAT(
+    SegmentRecurrent, PyTorchModelHubMixin, license="mit", paper_url="https://arxiv.org/abs/2601.00426"
+):
+    """The segment-recurrent encoder and its classification head.
+
+    The memory that leaves segment t, times its retention factor, enters segment t + 1. With other
+    values of `attention_type`, `num_memory_tokens`, `num_segments` and `astro_mem` the same module
+    is RMT, RLT, AT, the Transformer, the linear Transformer, Nystromformer or Luna: see
+    `configs/tables/`.
+
+    `from_pretrained(folder or name on the Hugging Face Hub)` reads a finished run's weights,
+    `save_pretrained(folder)` and `push_to_hub(name)` write them with a model card.
+    """
+
+    def __init__(self, config: Config, vocabulary: Sequence[str] | None = None) -> None:
+        """Draw the initial weights from torch's global random state.
+
+        Args:
+            config: the run; kept, as the weights mean nothing without it.
+            vocabulary: at the word level the words in the order of their ids, kept likewise.
+        Raises:
+            ConfigError: the weights would not fit into this machine's memory.
+        """
+        super().__init__()
+        check_fits(config, training=False)
+        self.config = config
+        self.vocabulary = None if vocabulary is None else list(vocabulary)
+        self.summary: dict[str, Any] | None = None  # of the finished run that was loaded
+        self.segment_len = config.segment_len
+        self.max_seq_len = config.max_seq_len
+        self.num_sequences = config.num_sequences  # sequences that one example is encoded as
+        self.pooling = config.pooling
+        self.precision = config.precision
+        self.position_embedding = config.position_embedding
+        T = config.num_segments // self.num_sequences
+        factors = retention_factors(T) if config.astro_mem else torch.ones(T, dtype=torch.float64)
+        self.register_buffer("retention_factors", factors, persistent=False)
+
+        self.token_embedding = nn.Embedding(
+            config.task.tokenizer.vocab_size, config.dim, padding_idx=PADDING_ID
+        )
+        if self.position_embedding == "learned":
+            L = T * self.segment_len
+            table = 0.02 * torch.randn(L, config.dim)
+            if config.position_scale:
+                sinusoids = sinusoidal_positions(torch.arange(L), config.dim, table.dtype)
+                table = config.position_scale * sinusoids
+            self.position_table = nn.Parameter(table)
+        elif config.position_embedding == "sinusoidal":
+            waves, turns = sinusoidal_segments(T, self.segment_len, config.dim)
+            self.register_buffer("position_waves", waves, persistent=False)  # (2, S, D) float64
+            self.register_buffer("position_turns", turns, persistent=False)  # (2, T, D) float64
+        self.embedding_norm = nn.LayerNorm(config.dim)
+        self.dropout = config.dropout
+        std = ATTENTION[config.attention_type].memory_std
+        self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        head_dim = config.dim if self.num_sequences == 1 else 4 * config.dim
+        self.head = nn.Linear(head_dim, config.task.num_classes)
+        if config.readout_norm == "batch":
+            # The head's weights do its scale and shift.
+            norm = nn.BatchNorm1d(head_dim, momentum=READOUT_MOMENTUM, affine=False)
+            self.head = nn.Sequential(norm, self.head)
+        # The starts of the embedding last, so that all other weights start as they do without.
+        if config.token_embedding == "ordinal":
+            self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(
+                config.task.tokenizer.vocab_size - 1, config.dim
+            )
+        if self.position_embedding == "periodic":
+            S = self.segment_len
+            code = periodic_positions(torch.arange(S), config.dim, S)  # (S, D)
+            self.register_buffer("position_code", code, persistent=False)
+            self.token_embedding.weight.data[:, code.any(dim=0)] = 0
 
     def positions(self) -> Tensor | None:
         """phi(R) of all layers, (layers, H, M + S, d); None where no layer has position terms.

@@ -20,7 +20,7 @@ from dataloader import Batch, evaluation_batches, training_batches
 from footprint import check_fits
 from lra_config import Config, ConfigError
 from lra_datasets import load_word_vectors, open_dataset
-from model import RMAAT, autocast_dtype, build_model
+from model import RMAAT, SegmentRecurrent, autocast_dtype, build_model
 from run import checkpoint
 from run.figures import curves_figure, save_figure
 from run.files import write_json
@@ -72,7 +72,7 @@ class StepResult(NamedTuple):
 
 
 def bptt_backward(
-    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+    model: SegmentRecurrent, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
 ) -> StepResult:
     """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
 
@@ -88,7 +88,7 @@ def bptt_backward(
 
 
 def amrb_backward(
-    model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None,
+    model: SegmentRecurrent, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None,
     kept: int = 1,
 ) -> StepResult:
     """Add the gradients of the mean loss to `.grad`, holding `kept` segments' activations at most.

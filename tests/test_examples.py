@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
-from conftest import ROOT, assert_refused, finished, start_process
+from conftest import ROOT, assert_refused, finished, run_script, start_process
 
 EXAMPLES = ROOT / "examples"
 QUICK = ["--config", EXAMPLES / "own_dataset.yaml", "device=cpu", "max_steps=3", "warmup_steps=1",
@@ -39,3 +40,11 @@ def test_a_wrong_row_of_the_file_is_named(tmp_path, content, words):
     file.parent.mkdir(parents=True)
     file.write_text(content)
     assert_refused(own_dataset(*QUICK, cwd=tmp_path), *words)
+
+
+def test_a_model_of_ones_own_learns_by_amrb_what_only_the_memory_carries(tmp_path):
+    result = run_script("examples/own_model.py", "--steps", 60, cwd=tmp_path, check=True)
+    difference = re.search(r"gradients differ by (\S+) of their norm", result.stdout)
+    assert float(difference[1]) < 1e-5
+    accuracy = re.search(r"test accuracy (\S+), chance 0.250", result.stdout)
+    assert float(accuracy[1]) > 0.5

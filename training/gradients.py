@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from model import RMAAT, autocast_dtype
+from model import SegmentRecurrent, autocast_dtype
 
 Source = tuple[Tensor, Tensor]  # a tensor, and the leaf that stands for it in the segments
 
 
 @contextlib.contextmanager
-def shared_weights(model: RMAAT) -> Iterator[list[Source]]:
+def shared_weights(model: SegmentRecurrent) -> Iterator[list[Source]]:
     """Cast the weights of matrix products once, for all segments that are run inside.
 
     Yields:
@@ -22,7 +22,7 @@ def shared_weights(model: RMAAT) -> Iterator[list[Source]]:
         lower precision, or itself where nothing is cast.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    dtype = autocast_dtype(model.precision, model.memory.device)
+    dtype = autocast_dtype(model.precision, parameters[0].device)
     places = [] if dtype is None else [
         (module._parameters, name)
         for module in model.layers.modules() if isinstance(module, nn.Linear | nn.Conv2d)
