@@ -1,19 +1,22 @@
-"""Peak memory, throughput and scaling: `python benchmark.py memory|throughput|scaling --json FILE`.
+"""Peak memory, throughput and scaling: `python benchmark.py WHAT --json FILE`.
 
     memory       RMAAT by AMRB, by BPTT and by BPTT with torch.utils.checkpoint, RMT, Transformer
+    replay       RMAAT by AMRB, by how many segments it replays: memory for time
     throughput   training speed of every system, and the share of the matrix-multiply rate
     scaling      RMAAT by AMRB from 1,024 to 1,048,576 tokens
 
-Each row is measured in a process of its own, the systems in turn, `--repeats` times; a row states
-medians. Peak memory is the process's high-water mark during the steps minus what it held once
-model, gradients and optimizer state existed (on CUDA: allocated bytes). Ratios within one run are
-what to compare; absolute times depend on the machine.
+The systems are measured in turn, `--repeats` times; a row states medians. On a CPU each row has a
+process of its own, and its peak memory is the process's high-water mark during the steps minus what
+it held once model, gradients and optimizer state existed. On CUDA all rows share this process, its
+events time the steps, and the peak is that of allocated bytes (what the allocator reserved stands
+beside it). Ratios within one run are what to compare; absolute times depend on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import statistics
 import subprocess
@@ -36,11 +39,13 @@ from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from run.files import write_json
 from train import StepResult, amrb_backward, bptt_backward
-from training.acceleration import GraphedBackward, resolve_device
+from training.acceleration import GraphedBackward, compile_model, resolve_device
+from training.meters import Stopwatch, count_kernels
 from training.optimizer import build_optimizer
-from utils import hardware, peak_memory_mib, reset_peak_memory, versions
+from training.replay import BudgetedReplay
+from utils import first_line, hardware, peak_memory_mib, reset_peak_memory, versions
 
-WARMUP_STEPS, TIMED_STEPS = 1, 3
+STEPS = {"cpu": (1, 3), "cuda": (5, 20)}  # warm-up, timed
 LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fewer
 SCALING_LENGTHS = [2**k for k in range(10, 21)]
 TABLES = Path(__file__).parent / "configs" / "tables"
@@ -56,12 +61,17 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     BPTT: ("rmaat", {"memory_replay_backprop": False}),
     CHECKPOINTED: ("rmaat", {"memory_replay_backprop": False}),
     f"{AMRB}, compiled": ("rmaat", {"compile": True}),
+    f"{AMRB}, bfloat16": ("rmaat", {"precision": "bfloat16"}),
+    f"{AMRB}, bfloat16, compiled": ("rmaat", {"precision": "bfloat16", "compile": True}),
     GRAPHED: ("rmaat", {"cuda_graphs": True}),
+    f"{AMRB}, bfloat16, compiled, CUDA graphs": (
+        "rmaat", {"precision": "bfloat16", "compile": True, "cuda_graphs": True}
+    ),
     **{name: (key, {}) for key, name in reversed(published.SYSTEMS.items()) if key != "rmaat"},
 }
 RMT, TRANSFORMER = published.SYSTEMS["rmt"], published.SYSTEMS["transformer"]
 MEMORY_SYSTEMS = [AMRB, BPTT, CHECKPOINTED, RMT, TRANSFORMER]
-MEASURED = ("step_seconds", "peak_mib", "gflop")
+MEASURED = ("step_seconds", "peak_mib", "reserved_mib", "gflop", "kernels", "compile_seconds")
 
 
 def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
@@ -76,14 +86,14 @@ def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> Ste
 
 
 def benchmark_config(
-    system: str, seq_len: int, segment_len: int, device: str, batch_size: int
+    system: str, seq_len: int, segment_len: int, device: str, batch_size: int, **further: Any
 ) -> Config:
-    """The configuration of one row."""
-    file, further = SYSTEMS[system]
+    """The configuration of one row; `further` keys override the system's."""
+    file, own = SYSTEMS[system]
     return make_config({
         **BASE, "max_seq_len": seq_len, "num_segments": max(seq_len // segment_len, 1),
-        **read_mapping(TABLES / f"{file}.yaml"), **further, "device": device,
-        "batch_size": batch_size, "position_embedding": "sinusoidal",
+        **read_mapping(TABLES / f"{file}.yaml"), **own, "device": device,
+        "batch_size": batch_size, "position_embedding": "sinusoidal", **further,
     })
 
 
@@ -114,12 +124,20 @@ def count_flop(model: RMAAT, config: Config, batch: Batch) -> float | None:
     return flop
 
 
+def eager_backward(system: str, config: Config) -> Callable[..., StepResult]:
+    """What leaves the gradients of one step of a system."""
+    if system == CHECKPOINTED:
+        return checkpointed_backward
+    return amrb_backward if config.memory_replay_backprop else bptt_backward
+
+
 def measure(system: str, **row: Any) -> dict[str, float | None]:
     """Train on random tokens in this process.
 
     Returns:
-        `step_seconds`, the median of the timed steps, `peak_mib` above the model's own state, and
-        `gflop`, executed in the matrix products of a step.
+        `step_seconds`, the median of the timed steps, `peak_mib` above the model's own state,
+        `gflop`, executed in the matrix products of a step, `kernels` of an eager step without the
+        optimizer, `compile_seconds`, and on CUDA `reserved_mib`.
     """
     config = benchmark_config(system, **row)
     device = resolve_device(config)
@@ -129,39 +147,48 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates its state
-    if config.compile is True:
-        model.encode = torch.compile(model.encode, dynamic=False)
-    backward = amrb_backward if config.memory_replay_backprop else bptt_backward
-    if system == CHECKPOINTED:
-        backward = checkpointed_backward
-    if system == GRAPHED:
+    backward = eager = eager_backward(system, config)
+    if config.cuda_graphs is True:
         backward = GraphedBackward(backward)
+    if config.replay_segments != "all":
+        backward = BudgetedReplay(backward, config)
 
-    def step(batch: Batch) -> float:
-        started = time.perf_counter()
+    def step(batch: Batch) -> Stopwatch:
+        watch = Stopwatch(device)
         optimizer.zero_grad(set_to_none=False)
         backward(model, batch)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return watch.stop()
 
     is_long = config.max_seq_len >= LONG
     batch = random_batch(config, config.max_seq_len)
     warm_up = random_batch(config, 2 * config.segment_len) if is_long else batch
-    # What libraries and the compiler load on their first call is not the step's.
+    compile_seconds = None
+    if config.compile is True:
+        started = time.perf_counter()
+        if not compile_model(model, eager, warm_up):
+            raise RuntimeError("could not be compiled")
+        compile_seconds = time.perf_counter() - started
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    # What libraries load on their first call is not the step's.
     step(warm_up if config.compile is True else Batch(batch.tokens[:1, :8], None, batch.labels[:1]))
     held = reset_peak_memory(device)
-    for _ in range(WARMUP_STEPS):
+    warm_up_steps, timed_steps = STEPS[device.type]
+    for _ in range(1 if is_long else warm_up_steps):
         step(warm_up)
-    seconds = [step(batch) for _ in range(1 if is_long else TIMED_STEPS)]
+    watches = [step(batch) for _ in range(1 if is_long else timed_steps)]
+    seconds = statistics.median(watch.seconds() for watch in watches)
     peak_mib = peak_memory_mib(device) - held
+    reserved = torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else None
     if config.compile is True:
         del model.encode  # the eager form's operations are counted
     flop = None if is_long else count_flop(model, config, batch)
     return {
-        "step_seconds": statistics.median(seconds), "peak_mib": peak_mib,
+        "step_seconds": seconds, "peak_mib": peak_mib, "reserved_mib": reserved,
         "gflop": None if flop is None else flop / 1e9,
+        "kernels": None if is_long else count_kernels(lambda: eager(model, batch)),
+        "compile_seconds": compile_seconds,
     }
 
 
@@ -185,7 +212,11 @@ def matmul_gflop_per_second(device_name: str) -> float:
 
 
 def in_fresh_process(what: str, request: Any) -> Any:
-    """The answer of this file's hidden command `what`, from a child process."""
+    """The answer of this file's hidden command `what`, from a child process.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     child = subprocess.run(
         [sys.executable, __file__, what, json.dumps(request)], capture_output=True, text=True
     )
@@ -193,6 +224,26 @@ def in_fresh_process(what: str, request: Any) -> Any:
         lines = child.stderr.strip().splitlines()
         raise RuntimeError(lines[-1] if lines else f"killed by signal {-child.returncode}")
     return json.loads(child.stdout.splitlines()[-1])
+
+
+def in_this_process(what: str, request: Any) -> Any:
+    """The same, where the device keeps its own account of memory.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    try:
+        return ANSWERS[what](request)
+    except Exception as error:  # a row that fails is a row
+        raise RuntimeError(first_line(error)) from None
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+ANSWERS: dict[str, Callable[[Any], Any]] = {
+    "row": lambda request: measure(**request), "rate": matmul_gflop_per_second,
+}
 
 
 def measure_in_turn(
@@ -206,17 +257,18 @@ def measure_in_turn(
         with_rate: add each row's `matmul_share`, its executed operations over the machine's own
             rate, measured in every round too.
     """
+    answer = in_this_process if requests[0]["device"] == "cuda" else in_fresh_process
     answers: list[list[dict[str, Any]]] = [[] for _ in requests]
     errors: dict[int, str] = {}
     rates = []
     for _ in range(repeats):
         if with_rate:
-            rates.append(in_fresh_process("rate", requests[0]["device"]))
+            rates.append(answer("rate", requests[0]["device"]))
         for i, request in enumerate(requests):
             if i in errors:
                 continue
             try:
-                answers[i].append(in_fresh_process("row", request))
+                answers[i].append(answer("row", request))
             except RuntimeError as error:
                 errors[i] = str(error)
             print(".", end="", file=sys.stderr, flush=True)
@@ -233,7 +285,7 @@ def measure_in_turn(
             continue
         row |= {
             key: statistics.median(m[key] for m in measured)
-            for key in MEASURED if measured[0][key] is not None
+            for key in MEASURED if measured[0].get(key) is not None
         }
         tokens = request["batch_size"] * request["seq_len"]
         row["tokens_per_second"] = tokens / row["step_seconds"]
@@ -254,6 +306,17 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     )
 
 
+def replay(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """AMRB by the number of segments that it replays, from all to none."""
+    requests = []
+    for seq_len in arguments.seq_lens:
+        own = request(arguments, AMRB, seq_len)
+        T = benchmark_config(**own).num_segments
+        counts = sorted({T - 1, *(T * k // 4 for k in range(4))} - {-1}, reverse=True)
+        requests += [{**own, "replay_segments": count} for count in counts]
+    return measure_in_turn(requests, arguments.repeats, with_rate=False)
+
+
 def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every chosen system, with the share of the machine's matrix-multiply rate."""
     return measure_in_turn(
@@ -267,7 +330,10 @@ def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def speed_systems(device: str) -> list[str]:
-    return [system for system in SYSTEMS if device == "cuda" or system != GRAPHED]
+    return [
+        system for system, (_, keys) in SYSTEMS.items()
+        if device == "cuda" or not keys.get("cuda_graphs")
+    ]
 
 
 def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -318,24 +384,34 @@ def report(what: str, rows: Sequence[dict[str, Any]]) -> None:
         "tokens": lambda r: f"{r['seq_len']:,}",
         "segments": lambda r: str(r["num_segments"]),
     }
-    peak, step = (lambda r: f"{r['peak_mib']:,.0f}"), (lambda r: f"{r['step_seconds']:.2f}")
+    peak, step = (lambda r: f"{r['peak_mib']:,.0f}"), (lambda r: milliseconds(r["step_seconds"]))
     if what == "memory":
         columns |= {
             "peak MiB": peak, "x AMRB": relative_to(rows, AMRB, "peak_mib"),
-            "step s": step, "x AMRB's time": relative_to(rows, AMRB, "step_seconds"),
+            "step ms": step, "x AMRB's time": relative_to(rows, AMRB, "step_seconds"),
+        }
+    elif what == "replay":
+        columns |= {
+            "replayed": lambda r: str(r["replay_segments"]), "peak MiB": peak, "step ms": step,
         }
     elif what == "throughput":
         columns |= {
             "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
             "x RMT": relative_to(rows, RMT, "tokens_per_second"),
             "of the matmul rate": lambda r: f"{100 * r['matmul_share']:.0f} %",
+            "step ms": step, "kernels, eager": lambda r: f"{r['kernels']:,}",
         }
     else:
         columns |= {
-            "step s": step, "us per token": lambda r: f"{1e6 / r['tokens_per_second']:.1f}",
+            "step ms": step, "us per token": lambda r: f"{1e6 / r['tokens_per_second']:.1f}",
             "peak MiB": peak,
         }
     print_table(rows, columns)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -364,6 +440,7 @@ def plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 COMMANDS = {
     "memory": (memory, [1024, 2048, 4096, 8192]),
+    "replay": (replay, [8192]),
     "throughput": (throughput, [1024, 2048, 4096, 8192]),
     "scaling": (scaling, SCALING_LENGTHS),
 }
@@ -378,24 +455,22 @@ def parse_arguments() -> argparse.Namespace:
     for name, (_, lengths) in COMMANDS.items():
         command = commands.add_parser(name)
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-        command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
+        if name != "replay":
+            command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
         command.add_argument("--seq_lens", nargs="+", type=int, default=lengths)
         command.add_argument("--segment_len", type=int, default=512)
         command.add_argument("--repeats", type=int, choices=range(1, 100), default=3, metavar="N")
         command.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
     # One measurement, for the child process.
-    for name in ("row", "rate"):
+    for name in ANSWERS:
         commands.add_parser(name).add_argument("request", type=json.loads)
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.what == "row":
-        print(json.dumps(measure(**arguments.request)))
-        return 0
-    if arguments.what == "rate":
-        print(matmul_gflop_per_second(arguments.request))
+    if arguments.what in ANSWERS:
+        print(json.dumps(ANSWERS[arguments.what](arguments.request)))
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("benchmark.py: --device cuda, but torch sees no CUDA device", file=sys.stderr)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import called, gradients_of, tiny_batch, tiny_config
+from conftest import ROOT, called, gradients_of, tiny_batch, tiny_config
 
 import benchmark
+from lra_config import load_config
 from model import build_model
-from train import bptt_backward
+from train import amrb_backward, bptt_backward
+from training.meters import count_kernels
 
 KEYS = {
     "system", "seq_len", "num_segments", "batch_size", "tokens_per_second", "step_seconds",
@@ -31,13 +33,7 @@ def run_benchmark(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.fixture
 def rows_in_this_process(monkeypatch):
     """Measure without a process per row, where its peak of memory is not the point."""
-    measures = {
-        "row": lambda request: benchmark.measure(**request),
-        "rate": benchmark.matmul_gflop_per_second,
-    }
-    monkeypatch.setattr(
-        benchmark, "in_fresh_process", lambda what, request: measures[what](request)
-    )
+    monkeypatch.setattr(benchmark, "in_fresh_process", benchmark.in_this_process)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -75,6 +71,35 @@ def test_throughput_compares_with_rmt_and_with_the_machine(tmp_path, rows_in_thi
     assert f"| {ratio:.2f} |" in result.stdout
 
 
+def test_replay_goes_from_all_segments_to_none(tmp_path, rows_in_this_process):
+    result = run_benchmark("replay", *SMALL, "--json", "r.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [row["replay_segments"] for row in rows_of(tmp_path / "r.json")] == [3, 2, 1, 0]
+    assert "| RMAAT, AMRB | 128 | 4 | 3 |" in result.stdout
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (6.8124, "6,812"), (0.25, "250"), (0.01234, "12.3"), (0.00456, "4.56"), (0.000321, "0.321"),
+])
+def test_times_have_three_digits(seconds, text):
+    assert benchmark.milliseconds(seconds) == text
+
+
+def test_rows_of_one_process_fail_alone(monkeypatch):
+    def measure(system, **_):
+        if system == "RMT":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        return {"step_seconds": 2.0, "peak_mib": 1.0, "reserved_mib": 3.0, "kernels": 7}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    row = {"seq_len": 128, "segment_len": 32, "device": "cuda", "batch_size": 2}
+    rows = benchmark.measure_in_turn(
+        [{"system": system, **row} for system in ("RMT", "RMAAT, AMRB")], 2, with_rate=False
+    )
+    assert rows[0]["error"] == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert rows[1]["step_seconds"] == 2.0 and rows[1]["reserved_mib"] == 3.0
+
+
 def test_scaling_draws_its_plot(tmp_path, rows_in_this_process):
     result = run_benchmark(
         "scaling", *SMALL, "--seq_lens", "64", "128", "--json", "s.json", cwd=tmp_path
@@ -95,7 +120,7 @@ def test_a_row_that_fails_is_named_and_the_others_stay(monkeypatch, capsys):
     assert benchmark.main() == 0
     captured = capsys.readouterr()
     assert "RMT, 1024 tokens: killed by signal 9" in captured.err
-    assert captured.out.count("| 2.00 |") == len(benchmark.MEMORY_SYSTEMS) - 1
+    assert captured.out.count("| 2,000 |") == len(benchmark.MEMORY_SYSTEMS) - 1
 
 
 @pytest.mark.parametrize("length", ["700", "1000"])
@@ -111,6 +136,26 @@ def test_the_checkpointed_baseline_has_the_gradients_of_bptt():
     expected, _ = gradients_of(config, bptt_backward, batch)
     actual, _ = gradients_of(config, benchmark.checkpointed_backward, batch)
     torch.testing.assert_close(actual, expected)
+
+
+def test_views_are_no_kernels_and_many_tensors_may_share_one():
+    x = torch.ones(4, 6)
+    assert count_kernels(lambda: x.view(6, 4).t().unbind()) == 0
+    assert count_kernels(lambda: torch._foreach_add([x, x, x], 1)) == 1
+    assert count_kernels(lambda: (x + x).mul_(2)) == 2
+
+
+LISTOPS = ["batch_size=2", "max_seq_len=256"]  # 8 segments of the model of config_v10.yaml
+
+
+@pytest.mark.parametrize(("precision", "today"), [("float32", 2669), ("bfloat16", 3613)])
+def test_a_step_launches_a_third_less_than_it_did(precision, today):
+    """Against the kernels of a step at 06e213c, counted alike."""
+    config = load_config(ROOT / "configs/config_v10.yaml", [*LISTOPS, f"precision={precision}"])
+    model, batch = build_model(config), tiny_batch(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert count_kernels(lambda: amrb_backward(model, batch)) <= 0.7 * today
 
 
 def test_counted_operations_are_those_of_the_replay():
