@@ -291,7 +291,7 @@ class Config(BaseModel):
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Role(outcome=False, local=True, may_change=True)
     ] = "auto"
-    # auto: on CUDA bfloat16, or float16 where the device has none
+    # auto: on CUDA bfloat16, or float16 where it has none; long CPU runs bfloat16 where it is fast
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: Manner[Literal["auto"] | bool] = "auto"  # torch.compile of a segment; auto: on CUDA
     cuda_graphs: Manner[Literal["auto"] | bool] = "auto"  # the whole step captured and replayed

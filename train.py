@@ -266,9 +266,8 @@ class Trainer:
         self.upcoming = next(self.steps)  # the batches of the next step
         self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
         self.score = score
-        if self.compiled and not compile_model(self.model, self.backward, self.upcoming[0]):
-            if config.precision == "auto" and self.device.type == "cpu" and begun is None:
-                self.model.precision = "float32"  # eager bfloat16 is slower
+        if self.compiled:
+            compile_model(self.model, self.backward, self.upcoming[0])
         if self.graphed:
             self.backward, self.score = GraphedBackward(self.backward), Graphed(self.score)
         if config.replay_segments != "all":

@@ -58,12 +58,13 @@ LONG = {"max_seq_len": 2048, "batch_size": 32, "max_steps": 100_000}
 
 @pytest.mark.parametrize(("changes", "instructions", "begun", "precision", "compiled"), [
     ({}, True, None, "float32", False),
-    (LONG, True, None, "bfloat16", True),
+    (LONG, True, None, "bfloat16", False),
     (LONG, False, None, "float32", False),
-    ({**LONG, "compile": False}, True, None, "float32", False),
+    ({**LONG, "compile": True}, True, None, "bfloat16", True),
     ({**LONG, "stop_after_steps": 10}, True, None, "float32", False),
     (LONG, True, "float32", "float32", False),
-    (LONG, True, "bfloat16", "bfloat16", True),
+    (LONG, True, "bfloat16", "bfloat16", False),
+    (LONG, True, "auto", "float32", False),
     ({"compile": True}, True, None, "float32", True),
     ({**LONG, "precision": "float32"}, True, None, "float32", False),
     ({"precision": "bfloat16"}, True, None, "bfloat16", False),
