@@ -38,7 +38,6 @@ from experiments.tables import markdown
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from run.files import write_json
-from run.program import Parser, run_program
 from train import StepResult, amrb_backward, bptt_backward
 from training.acceleration import GraphedBackward, compile_model, resolve_device
 from training.meters import Stopwatch, count_kernels
@@ -448,9 +447,8 @@ COMMANDS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(dest="what", required=True, metavar=names)
@@ -499,4 +497,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmark.py", main))
+    sys.exit(main())

@@ -8,6 +8,7 @@ line that names the key, the value and what is allowed.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -241,8 +242,7 @@ class Config(BaseModel):
     readout_norm: Model[Literal["none", "batch"]] = "none"  # of the head's input; unpublished
     # Start of the tokens' vectors, unpublished; ordinal: like vectors for like grey levels
     token_embedding: Literal["random", "ordinal"] = "random"
-    # periodic: waves counted inside the segment, in features that the tokens start without
-    position_embedding: Model[Literal["learned", "sinusoidal", "periodic", "none"]] = "learned"
+    position_embedding: Model[Literal["learned", "sinusoidal", "none"]] = "learned"
     # Start of the learned positions, unpublished: this times the sinusoids; null: small noise
     position_scale: Positive | None = None
 
@@ -254,8 +254,10 @@ class Config(BaseModel):
     presynaptic_alpha: Model[Positive] = 0.25  # paper; AT's tested range is 0.15-0.4
     presynaptic_normalize: Model[bool] = True  # P = 1 / C (paper); false: P = 1
     decay_scale: Model[NonNegative] = 1.0  # of the position kernel, per token; unpublished
-    # Start of B, unpublished; local: a token per neuron, and W_Q so that rows read neighbours
-    position_basis: Literal["localised", "random", "local"] = "localised"
+    # Start of B, unpublished; local: a token per neuron, and W_Q so that rows read neighbours,
+    # by a code of their place in the segment that is added to the tokens
+    position_basis: Model[Literal["localised", "random", "local"]] = "localised"
+    # What rows read, the heads in turn: a neighbour so many tokens away, or all that lies before
     # Of those neighbours, in tokens; the heads take them in turn
     local_lags: Annotated[list[Lag], Field(max_length=1000)] = [-1, 1]
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
@@ -374,17 +376,12 @@ class Config(BaseModel):
             raise ValueError(
                 f"dim={self.dim} is odd; position_embedding=sinusoidal needs an even dim"
             )
-        if self.position_embedding == "periodic" and (self.dim < 4 or self.segment_len < 2):
-            raise ValueError(
-                f"position_embedding=periodic needs dim of 4 and segments of 2 tokens at least, "
-                f"not dim={self.dim} and segments of {self.segment_len}; use learned"
-            )
         if self.num_hidden and self.attention_type not in ("astro", "linear"):
             raise ValueError(
                 f"num_hidden={self.num_hidden} is of attention_type astro and linear, and "
                 f"attention_type={self.attention_type}; set num_hidden=null"
             )
-        if self.attention_type == "astro" and self.position_basis == "local":
+        if self.reads_neighbours:
             self._check_local_start()
         if self.position_scale and (self.position_embedding != "learned" or self.dim % 2):
             raise ValueError(
@@ -444,18 +441,29 @@ class Config(BaseModel):
 
     def _check_local_start(self) -> None:
         m, S = self.num_hidden or self.dim // self.num_heads, self.segment_len
-        if self.position_embedding != "periodic":
+        width = 2 * (math.isqrt(S - 1) + 1) + 1  # of `utils.digit_positions`
+        if width >= self.dim:
             raise ValueError(
-                "position_basis=local tells rows apart by the periodic code, and "
-                f"position_embedding={self.position_embedding}; set it to periodic"
+                f"position_basis=local tells the {S} tokens of a segment apart in {width} features "
+                f"and leaves the tokens none of dim={self.dim}; raise dim or num_segments"
             )
-        if S % m:
+        if self.position_embedding == "sinusoidal":
             raise ValueError(
-                f"position_basis=local shares {S} tokens of a segment out to num_hidden={m} "
-                f"neurons evenly; use a num_hidden that divides {S}"
+                "position_basis=local has features of its own for positions, which "
+                "position_embedding=sinusoidal would write into; use learned or none"
+            )
+        if m != S:
+            raise ValueError(
+                f"position_basis=local has a neuron for each of the {S} tokens of a segment, and "
+                f"num_hidden={m}; set it to {S}"
             )
         if not self.local_lags:
             raise ValueError("local_lags=[] names no neighbour; use [-1, 1], say")
+
+    @property
+    def reads_neighbours(self) -> bool:
+        """Whether the attention starts with rows that read the tokens at `local_lags`."""
+        return self.attention_type == "astro" and self.position_basis == "local"
 
     @property
     def task(self) -> Task:

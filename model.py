@@ -44,8 +44,9 @@ from lra_config import PADDING_ID, Config, make_config
 from run import checkpoint
 from run.files import write_json
 from utils import (
+    digit_height,
+    digit_positions,
     ordinal_embedding,
-    periodic_positions,
     sinusoidal_positions,
     sinusoidal_segments,
 )
@@ -273,6 +274,7 @@ class RMAAT(
         self.pooling = config.pooling
         self.precision = config.precision
         self.position_embedding = config.position_embedding
+        self.register_buffer("place_code", None, persistent=False)
         T = config.num_segments // self.num_sequences
         factors = retention_factors(T) if config.astro_mem else torch.ones(T, dtype=torch.float64)
         self.register_buffer("retention_factors", factors, persistent=False)
@@ -307,11 +309,8 @@ class RMAAT(
             self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(
                 config.task.tokenizer.vocab_size - 1, config.dim
             )
-        if self.position_embedding == "periodic":
-            S = self.segment_len
-            code = periodic_positions(torch.arange(S), config.dim, S)  # (S, D)
-            self.register_buffer("position_code", code, persistent=False)
-            self.token_embedding.weight.data[:, code.any(dim=0)] = 0
+        if config.reads_neighbours:
+            self._start_place_code()
 
     def positions(self) -> Tensor | None:
         """phi(R) of all layers, (layers, H, M + S, d); None where no layer has position terms.
@@ -408,8 +407,34 @@ class RMAAT(
             readout = readout * active[:, None]
         return next_memory, readout
 
+    def _start_place_code(self) -> None:
+        """Tell the rows of a segment apart in features that nothing else starts to write into.
+
+        So the code reaches every layer, where `AstromorphicAttention` starts to read neighbours.
+        """
+        S, D = self.segment_len, self.config.dim
+        self.place_code = digit_positions(torch.arange(S), D, S)  # (S, D)
+        used = self.place_code.any(dim=0)
+        self.token_embedding.weight.data[:, used] = 0
+        # The memory reads as the last row does.
+        height = digit_height(D, int(used.sum()))
+        self.memory.data[:, used] = height * self.place_code[-1, used]
+        if self.position_embedding == "learned":
+            self.position_table.data[:, used] = 0
+        for layer in self.layers:
+            for block in (layer.attention.to_out, layer.contract):
+                block.weight.data[used] = 0
+                block.bias.data[used] = 0
+
     def _position_embedding(self, index: int, length: int) -> Tensor | None:
-        """Position embeddings (length, D) of the first tokens of segment `index`."""
+        """What is added to the first tokens of segment `index`, (length, D)."""
+        embedding = self._absolute_positions(index, length)
+        if self.place_code is None:
+            return embedding
+        code = self.place_code[:length]
+        return code if embedding is None else embedding + code
+
+    def _absolute_positions(self, index: int, length: int) -> Tensor | None:
         start = index * self.segment_len
         if self.position_embedding == "learned":
             return self.position_table[start : start + length]
@@ -417,8 +442,6 @@ class RMAAT(
             waves, turns = self.position_waves[:, :length], self.position_turns[:, index]
             turned = torch.addcmul(waves[0] * turns[0], waves[1], turns[1])
             return turned.to(self.token_embedding.weight.dtype)
-        if self.position_embedding == "periodic":
-            return self.position_code[:length]
         return None
 
     def _read_out(self, memory_out: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:

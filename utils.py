@@ -57,25 +57,37 @@ def sinusoidal_segments(
     return waves, torch.stack([cos.repeat(1, 2), sin.repeat(1, 2)])
 
 
-def periodic_positions(positions: Tensor, dim: int, period: int) -> Tensor:
-    """Position code of waves that fit whole into `period`, in the first half of the features.
+def digit_positions(positions: Tensor, dim: int, period: int) -> Tensor:
+    """Position code of two one-hot digits and a constant, in the first features.
 
-    There are F = min(period / 2, dim / 4) waves of 1 ... F cycles; two codes are the more alike
-    the nearer their positions lie, and any shift is one linear map.
+    A position, modulo `period`, has two digits of base ceil(sqrt(period)). Two positions share the
+    constant and each digit that they agree in, so that a linear map with a threshold tells one
+    position from all others. Of the features in use, the constant is the last.
 
     Args:
-        positions: (S,), in tokens.
-        dim: at least 4.
-        period: in tokens, at least 2.
+        positions: (S,) int64, in tokens.
+        dim: enough for both digits and the constant, at most 2 base + 1.
     Returns:
-        (S, dim) float32: sines and cosines of mean square 1, then zeros.
+        (S, dim) float32: three ones each.
     Deviation: the paper leaves the position embedding open.
     """
-    F = min(period // 2, dim // 4)
-    cycles = torch.arange(1, F + 1, device=positions.device, dtype=torch.float64)
-    angles = (2 * math.pi / period) * positions[:, None].double() * cycles  # (S, F)
-    code = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=-1)
-    return torch.nn.functional.pad(code, (0, dim - 2 * F)).float()
+    base = math.isqrt(period - 1) + 1
+    wrapped = positions % period
+    high = -(-period // base)
+    features = torch.stack([
+        wrapped % base, base + wrapped // base, torch.full_like(wrapped, base + high)
+    ], dim=1)  # (S, 3)
+    return torch.zeros(len(positions), dim).scatter_(1, features, 1.0)
+
+
+def digit_height(dim: int, width: int) -> float:
+    """What a layer norm makes of the ones of `digit_positions`, beside features of mean square 1.
+
+    Args:
+        dim: of the normalised vectors.
+        width: features of the code.
+    """
+    return math.sqrt(dim / (dim - width + 3))
 
 
 def ordinal_embedding(levels: int, dim: int) -> Tensor:

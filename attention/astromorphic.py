@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,13 @@ from attention.equations import (
 from attention.fused import respond
 from attention.heads import Attention
 from lra_config import Config
-from utils import periodic_positions
+from utils import digit_height, digit_positions
 
-LOCAL_GAIN = 64.0  # phi(q) - 1 of the neuron that a row of the local start reads
-LOCAL_SILENCE = -3.0  # R of a neuron at the rows that are not its own
+# The local start
+QUERY_GAIN = 16.0  # the neuron that a row reads has q = +8, all others have -8 or less
+KEY_SILENCE = -3.0  # k of every neuron, so that H_neuron starts as a small part of H
+BASIS_SILENCE = -3.0  # R of a neuron at the rows that are not its own
+
 
 def localised_basis(
     num_heads: int, num_hidden: int, num_memory_tokens: int, segment_len: int
@@ -50,32 +54,28 @@ def localised_basis(
     return (basis + 0.02 * torch.randn_like(basis)).float()
 
 
-def local_basis(
-    num_heads: int, num_hidden: int, num_memory_tokens: int, segment_len: int
-) -> Tensor:
-    """A start of B in which the hidden neurons share out the tokens of a segment evenly.
+def local_basis(num_heads: int, num_memory_tokens: int, segment_len: int) -> Tensor:
+    """A start of B in which every hidden neuron reads one token of the segment, m = S.
 
-    A neuron reads w = S / m tokens in a row. They weigh as much as a whole segment does at
-    phi(0) = 1, S together; all others phi(LOCAL_SILENCE), which is nearly 0.
+    It weighs as much as a whole segment does at phi(0) = 1, S; all others phi(BASIS_SILENCE), which
+    is nearly 0.
 
     Returns:
-        (H, m, N) with N = num_memory_tokens + segment_len.
-    Raises:
-        ValueError: m does not divide S.
+        (H, S, N) with N = num_memory_tokens + segment_len.
     Deviation: the paper does not publish how B starts. Under phi(R) near 1 everywhere, every row
         reads nearly the same sum.
     """
-    m, S = num_hidden, segment_len
-    if S % m:
-        raise ValueError(f"num_hidden={m} does not divide the {S} tokens of a segment")
-    w = S // m
-    # With a kernel of P_pos = 1 and B = A U, of U the tokens' neurons in orthonormal rows,
-    # R = B^T B B^T = U^T A^3: A is the cube root of the R that is wanted.
-    U = torch.eye(m, dtype=torch.float64).repeat_interleave(w, dim=1) / math.sqrt(w)  # (m, S)
-    wanted = torch.full((m, m), LOCAL_SILENCE, dtype=torch.float64).fill_diagonal_(S / w)
-    values, vectors = torch.linalg.eigh(wanted * math.sqrt(w))
-    A = vectors * (values.sign() * values.abs() ** (1 / 3)) @ vectors.mT
-    return F.pad((A @ U).float(), (num_memory_tokens, 0)).repeat(num_heads, 1, 1)
+    S = segment_len
+    # Where the kernel of P_pos is 1, a symmetric B has R = B^T B B^T = B^3. The cube root of
+    # R = own I + BASIS_SILENCE (J - I) takes those of its two eigenvalues; J / S projects.
+    mean = torch.full((S, S), 1 / S)
+    deviation, common = S - BASIS_SILENCE, S + (S - 1) * BASIS_SILENCE
+    basis = _cube_root(deviation) * (torch.eye(S) - mean) + _cube_root(common) * mean
+    return F.pad(basis, (num_memory_tokens, 0)).repeat(num_heads, 1, 1)
+
+
+def _cube_root(x: float) -> float:
+    return math.copysign(abs(x) ** (1 / 3), x)
 
 
 class AstromorphicAttention(Attention):
@@ -102,25 +102,34 @@ class AstromorphicAttention(Attention):
             if config.position_basis == "localised":
                 basis = localised_basis(self.num_heads, self.num_hidden, M, S)
             elif config.position_basis == "local":
-                basis = local_basis(self.num_heads, self.num_hidden, M, S)
+                basis = local_basis(self.num_heads, M, S)
                 self._read_neighbours(config.local_lags, S)
             else:
                 basis = torch.randn(self.num_heads, self.num_hidden, M + S) / math.sqrt(M + S)
             self.position_basis = nn.Parameter(basis)  # B, (H, m, N)
 
     @torch.no_grad()
-    def _read_neighbours(self, lags: list[int], segment_len: int) -> None:
+    def _read_neighbours(self, lags: Sequence[int], segment_len: int) -> None:
         """Start W_Q so that row i reads the neuron of token i + lag, of one lag per head in turn.
 
-        The periodic position code is what tells rows apart: the first rows of a segment read its
-        last ones.
+        The digits of the position code tell rows apart, its constant is what thresholds are made
+        of; values do not carry it. The first rows of a segment read its last ones.
         """
-        m, S = self.num_hidden, segment_len
-        centres = (torch.arange(m) + 0.5) * S / m - 0.5  # of each neuron's tokens
-        for head in range(self.num_heads):
-            code = periodic_positions(centres - lags[head % len(lags)], self.to_qkv.in_features, S)
-            weight = LOCAL_GAIN * code / code[0].square().sum()  # (m, D)
-            self.to_qkv.weight[head * m : (head + 1) * m] = weight
+        S, D = segment_len, self.to_qkv.in_features
+        code = digit_positions(torch.arange(S), D, S)
+        width = int(code.any(dim=0).sum())
+        constant = width - 1
+        height = digit_height(D, width)
+        queries, keys, values = self.to_qkv.weight.tensor_split(
+            [self.num_heads * S, 2 * self.num_heads * S]
+        )
+        for head, rows in enumerate(queries.split(S)):
+            lag = lags[head % len(lags)]
+            rows.copy_(QUERY_GAIN / height * code.roll(lag, dims=0))
+            rows[:, constant] = -1.5 * QUERY_GAIN / height  # between two digits and one
+        keys[:, :width] = 0
+        keys[:, constant] = KEY_SILENCE / height
+        values[:, :width] = 0
 
     def positions(self) -> Tensor:
         """phi(R) of the relative positions, (H, N, m); linear in N, without the batch.

@@ -111,6 +111,8 @@ def astromorphic_response(
     Returns:
         The heads' responses (phi(Q) H) * P, (B, H, N, d).
     """
+    if terms.normalize:
+        q = q - row_shift(q)
     q, k = feature_map(q), mask_rows(feature_map(k), mask)
     v = mask_rows(v, mask)
 
@@ -125,6 +127,15 @@ def astromorphic_response(
     if terms.normalize:
         response = response * inverse_calcium(q, k, terms.alpha).to(response.dtype)
     return response
+
+
+def row_shift(q: Tensor) -> Tensor:
+    """What brings the greatest q of a row up to 0 where all are below, (..., N, 1), a constant.
+
+    There phi is the exponential, so that the shift is a factor of the row of phi(Q), and of C: P
+    undoes it. Without it, C of a row that no neuron hears vanishes and P grows beyond all bounds.
+    """
+    return q.detach().amax(dim=-1, keepdim=True).clamp(max=0)
 
 
 def presynaptic_plasticity(total: Tensor, alpha: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention.equations import Terms, astromorphic_response
+from attention.equations import Terms, astromorphic_response, row_shift
 from attention.heads import join_heads, split_heads
 
 
@@ -82,6 +82,8 @@ class FusedResponse(torch.autograd.Function):
             x.clone(memory_format=torch.contiguous_format)
             for x in _split_qk(qkv, num_heads, num_hidden)
         )
+        if terms.normalize:
+            qk[0] -= row_shift(qk[0])
         positive = qk.clamp(min=0)
         qk.clamp_(max=0).exp_().add_(positive)  # phi
         q, k = qk

@@ -183,29 +183,34 @@ def load_state(config: Config) -> Resumable:
             f"{last} was saved by {state.processes} processes, these are {here}; resume with as "
             "many"
         )
+    best = config.run_dir / "best.pt"
+    if state.progress.best_step and not best.exists():
+        log_line(f"{best}: missing beside last.pt; the best weights are chosen from here on")
+        state.progress.best_val_accuracy, state.progress.best_step = -1.0, 0
     return state
 
 
 def claim_folder(config: Config, *, resume: bool) -> Resumable | None:
-    """Make the run's folder, or find the state to resume from in it.
+    """Make the run's folder, or find the state to resume from in it; note the configuration.
 
     Raises:
         ConfigError: the folder holds a checkpoint that may not be gone on from.
         CheckpointError: the checkpoint cannot be read.
     """
-    last = config.run_dir / "last.pt"
+    last, state = config.run_dir / "last.pt", None
     if not resume:
         check_unclaimed(config)
     elif last.exists():
-        return load_state(config)
+        state = load_state(config)
     else:
         log_line(f"{last}: no checkpoint yet, the run starts anew")
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    for stale in ("metrics.jsonl", "summary.json"):
-        (config.run_dir / stale).unlink(missing_ok=True)
+    if state is None:
+        for stale in ("metrics.jsonl", "summary.json"):
+            (config.run_dir / stale).unlink(missing_ok=True)
     with atomic_write(config.run_dir / "config.yaml", "w") as handle:
         handle.write(dump_config(config))
-    return None
+    return state
 
 
 def check_resumable(config: Config, saved: Config, path: Path) -> None:

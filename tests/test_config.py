@@ -85,15 +85,15 @@ def test_impossible_combinations_are_refused():
         tiny_config(readout_norm="batch", bucket_by_length=True)
     with pytest.raises(ConfigError, match="num_hidden=8 is of attention_type astro and linear"):
         tiny_config(num_hidden=8, attention_type="softmax")
-    local = {"position_basis": "local", "position_embedding": "periodic"}
-    with pytest.raises(ConfigError, match="set it to periodic"):
-        tiny_config(**{**local, "position_embedding": "learned"})
+    local = {"position_basis": "local", "position_embedding": "none"}
+    with pytest.raises(ConfigError, match="use learned or none"):
+        tiny_config(**{**local, "position_embedding": "sinusoidal"})
     with pytest.raises(ConfigError, match="num_hidden=3"):
         tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=3)
     with pytest.raises(ConfigError, match="names no neighbour"):
-        tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=8, local_lags=[])
-    with pytest.raises(ConfigError, match="position_embedding=periodic needs"):
-        tiny_config(dim=2, num_heads=1, position_embedding="periodic")
+        tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=32, local_lags=[])
+    with pytest.raises(ConfigError, match="in 17 features"):
+        tiny_config(**local, max_seq_len=128, num_segments=2, num_hidden=64)
     with pytest.raises(ConfigError, match="batch_size=1"):
         tiny_config(readout_norm="batch", batch_size=1)
 
@@ -159,7 +159,10 @@ def test_every_shipped_configuration_builds_and_overfits_one_batch(path):
     lengths = [2 * config.segment_len, config.segment_len + 5, 30, 7]
     batch = tiny_batch(config, [min(n, config.max_seq_len) for n in lengths])
     width = max(lengths)
-    batch = batch._replace(tokens=batch.tokens[:, :width], mask=batch.mask[:, :width])
+    batch = batch._replace(
+        tokens=batch.tokens[:, :width], mask=batch.mask[:, :width],
+        labels=torch.arange(4) % config.task.num_classes,  # never all the same
+    )
     losses = []
     for _ in range(25):
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from conftest import TINY, run_cli, start_process, tiny_batch, tiny_config, wait
 from safetensors.torch import load_file
 
 import train as train_module
-from lra_config import ConfigError, dump_config, make_config
+from lra_config import ConfigError, dump_config, load_config, make_config
 from model import build_model
 from run import checkpoint
 from run.files import atomic_write
@@ -133,6 +133,15 @@ def test_a_run_stopped_early_goes_on_to_the_full_length(tmp_path, listops_dir):
     train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10))
     train(run_config(tmp_path, listops_dir, "cut"), resume=True)
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_checkpoint_alone_is_gone_on_from_in_another_folder(tmp_path, listops_dir):
+    train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "cut" / "last.pt").rename(tmp_path / "moved" / "last.pt")
+    moved = run_config(tmp_path, listops_dir, "moved", log_interval=3)
+    assert train(moved, resume=True).steps == moved.max_steps
+    assert load_config(tmp_path / "moved" / "config.yaml") == moved
 
 
 def test_a_run_ends_at_the_first_validation_that_reaches_its_target(tmp_path, listops_dir):

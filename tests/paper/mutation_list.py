@@ -79,6 +79,10 @@ _ATTENTION = [
     ("c-guard", EQUATIONS, "torch.where(nonzero, calcium, 1).reciprocal() * nonzero",
      "calcium.reciprocal()", "P is infinite where C is 0"),
 
+    ("shift-sign", EQUATIONS, "q = q - row_shift(q)", "q = q + row_shift(q)",
+     "a row that no neuron hears is silenced further"),
+    ("shift-all", EQUATIONS, "keepdim=True).clamp(max=0)", "keepdim=True)",
+     "the feature map is no longer that of elu"),
     ("fused-phi", FUSED, "qk.clamp_(max=0).exp_().add_(positive)",
      "qk.clamp_(max=0).exp_()", "phi is 1 above zero"),
     ("fused-mask", FUSED, "            v *= mask[:, None, :, None]\n", "            v *= 1\n",

@@ -85,6 +85,8 @@ def test_a_table_changes_the_mechanism_and_leaves_width_depth_and_budget(system)
     mechanism = {
         "attention_type", "num_memory_tokens", "num_segments", "astro_mem", "hebbian_sigmoid",
         "memory_replay_backprop", "nystrom_landmarks", "nystrom_iterations", "nystrom_conv",
+        # Of the local start, which some tasks give RMAAT, and in the place of its code of places
+        "num_hidden", "position_basis", "position_embedding", "position_scale",
     }
     assert set(table) <= mechanism
 
