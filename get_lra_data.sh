@@ -115,33 +115,26 @@ is_whole() { # ARCHIVE CHECKSUM
   return $status
 }
 
-# fetch_with_TOOL URL FILE: one try that resumes FILE. Sets `outcome` (done, unfinished, unwritable,
-# unresumable) and `code`, the HTTP status (000: none).
-fetch_with_curl() {
-  local status=0 progress=--silent
-  if [ -t 2 ]; then progress=--progress-bar; fi
-  run curl --fail --location $progress --connect-timeout 30 --speed-limit 1 --speed-time 60 \
-    --continue-at - --output "$2" --write-out '%{http_code}' "$1" >"$work/code" || status=$?
-  code=$(cat "$work/code")
-  case $status in
-    0) outcome="done" ;;
-    23) outcome=unwritable ;;
-    33) outcome=unresumable ;;
-    *) outcome=unfinished ;;
+fetch() { # TOOL URL FILE: one try that resumes FILE; sets `outcome` and `code`, the HTTP status
+  local status=0 progress
+  case $1 in
+    curl)
+      if [ -t 2 ]; then progress=--progress-bar; else progress=--silent; fi
+      run curl --fail --location $progress --connect-timeout 30 --speed-limit 1 --speed-time 60 \
+        --continue-at - --output "$3" --write-out '%{http_code}' "$2" >"$work/code" || status=$?
+      code=$(cat "$work/code")
+      ;;
+    wget) # where the server ignores the range, it skips the bytes that are here
+      if [ -t 2 ]; then progress=--show-progress; else progress=--no-verbose; fi
+      run wget --quiet $progress --tries=1 --timeout=60 --server-response \
+        --output-file="$work/log" --continue --output-document="$3" "$2" || status=$?
+      code=$(sed -n 's|^ *HTTP/[0-9.]* \([0-9][0-9]*\).*|\1|p' "$work/log" | tail -n 1)
+      ;;
   esac
-}
-
-fetch_with_wget() {
-  local status=0 progress=--no-verbose
-  if [ -t 2 ]; then progress=--show-progress; fi
-  # Where the server ignores the range, wget itself skips the bytes that are here.
-  run wget --quiet $progress --tries=1 --timeout=60 --server-response --output-file="$work/log" \
-    --continue --output-document="$2" "$1" || status=$?
-  code=$(sed -n 's|^ *HTTP/[0-9.]* \([0-9][0-9]*\).*|\1|p' "$work/log" | tail -n 1)
-  code=${code:-000}
-  case $status in
-    0) outcome="done" ;;
-    3) outcome=unwritable ;;
+  case $1:$status in
+    *:0) outcome="done" ;;
+    curl:23 | wget:3) outcome=unwritable ;;
+    curl:33) outcome=unresumable ;;
     *) outcome=unfinished ;;
   esac
 }
@@ -155,9 +148,9 @@ download() { # NAME URL FILE: false with `problem` set
       say "$1: $problem; try $try of $GET_TRIES in $GET_PAUSE s"
       run sleep "$GET_PAUSE"
     fi
-    "fetch_with_${tool##*/}" "$2" "$3"
+    fetch "${tool##*/}" "$2" "$3"
     [ -s "$3" ] || rm -f "$3"
-    case $outcome:$code in
+    case $outcome:${code:-000} in
       done:*) return 0 ;;
       unwritable:*) problem="cannot write $3 (disk full?)" && return 1 ;;
       unresumable:*) problem="$2 cannot be resumed, starting over" && rm -f "$3" ;;

@@ -67,7 +67,7 @@ class FileReader:
             if not (path.is_file() or path.is_dir()):
                 raise DataError(f"{path}: missing; {self.advice}")
             if not self._files(path):
-                raise DataError(f"{path}: holds no {self.layout.suffix} file; {self.advice}")
+                raise DataError(f"{path}: holds nothing to read; {self.advice}")
 
     def sources(self, part: str) -> list[Path]:
         """The files of a part; those of a folder in the order of their names."""
