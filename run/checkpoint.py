@@ -129,6 +129,7 @@ def load(path: Path) -> dict[str, Any]:
 def _exported(path: Path) -> dict[str, Any]:
     config_path = path.with_name("config.json")
     with _told_as_unreadable(path):
+        _refuse_devices(path)
         weights = safetensors.torch.load_file(path)
     if not config_path.exists():
         raise CheckpointError(
@@ -157,8 +158,15 @@ def _told_as_unreadable(path: Path) -> Iterator[None]:
         ) from None
 
 
+def _refuse_devices(path: Path) -> None:
+    """Raise ValueError for what is there and no file: some devices have no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+
+
 def _look_through(path: Path) -> None:
     """Raise ValueError if the file is no archive of stored records with a harmless pickle."""
+    _refuse_devices(path)
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()

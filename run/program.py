@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import sys
@@ -59,5 +60,6 @@ def fail(name: str, reason: object, exit_status: int, *, by_all: bool = True) ->
     except UserError:  # of the environment, which is the reason then
         speaks = True
     if speaks:
-        print(one_line(f"{name}: {reason}"), file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(one_line(f"{name}: {reason}"), file=sys.stderr)
     return exit_status

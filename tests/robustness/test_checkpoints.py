@@ -95,6 +95,12 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, capsys, content, words)
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "/proc/self/mem"])
+def test_what_is_no_file_is_no_checkpoint(path):
+    for suffix in ("", "/x.safetensors"):
+        assert refusal(checkpoint.read, Path(path + suffix)).startswith(path)
+
+
 def test_a_tensor_larger_than_the_file_is_refused_before_it_is_there(tmp_path, cut):
     state = checkpoint.load(cut / "last.pt")
     one = torch.zeros(1)

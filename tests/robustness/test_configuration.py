@@ -209,5 +209,10 @@ def test_wrong_arguments_are_one_line(tmp_path, arguments, words):
     assert_refused(run_cli(*arguments, cwd=tmp_path), words)
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "/proc/self/mem"])
+def test_what_is_no_file_is_no_configuration(path):
+    assert refusal(load_config, path).startswith(path)
+
+
 def test_the_slowest_of_the_largest_configurations_is_refused(tmp_path):
     refusal(load_config, written(tmp_path, b"dataset: " + b"[a, " * 3 + b"a, " * 20_000 + b"]]]"))
