@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import Batch
 from experiments import published
@@ -40,6 +39,7 @@ from model import RMAAT, build_model
 from run.files import write_json
 from train import StepResult, amrb_backward, bptt_backward
 from training.acceleration import GraphedBackward, compile_model, resolve_device
+from training.cost import count_flop
 from training.meters import Stopwatch, count_kernels
 from training.optimizer import build_optimizer
 from training.replay import BudgetedReplay
@@ -106,24 +106,6 @@ def random_batch(config: Config, length: int) -> Batch:
     )
 
 
-def count_flop(model: RMAAT, config: Config, batch: Batch) -> float | None:
-    """Multiplications and additions of matrix products in one step, the replay included.
-
-    None for the softmax systems: not every fused kernel of softmax attention is counted.
-    """
-    if config.attention_type not in ("astro", "linear"):
-        return None
-    with FlopCounterMode(display=False) as counter:
-        bptt_backward(model, batch)
-    flop = counter.get_total_flops()
-    if config.memory_replay_backprop:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(batch.tokens)
-        T = config.num_segments
-        flop += counter.get_total_flops() * (T - 1) / T  # the last segment runs once
-    return flop
-
-
 def eager_backward(system: str, config: Config) -> Callable[..., StepResult]:
     """What leaves the gradients of one step of a system."""
     if system == CHECKPOINTED:
@@ -183,7 +165,7 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     reserved = torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else None
     if config.compile is True:
         del model.encode  # the eager form's operations are counted
-    flop = None if is_long else count_flop(model, config, batch)
+    flop = None if is_long else count_flop(model, batch)
     return {
         "step_seconds": seconds, "peak_mib": peak_mib, "reserved_mib": reserved,
         "gflop": None if flop is None else flop / 1e9,

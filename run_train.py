@@ -24,6 +24,7 @@ from run.signals import end_at_once, end_by_exception
 if TYPE_CHECKING:
     from lra_config import Config
     from model import RMAAT
+    from run.state import Summary
 
 NAME = "run_train.py"
 
@@ -42,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--jobs", metavar="K", type=int, default=1,
         help="runs of a sweep that train side by side, on the CUDA devices or else the cores",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what a run would take, and train nothing"
     )
     parser.add_argument(
         "--eval_only", action="store_true", help="validation and test accuracy of a checkpoint"
@@ -147,8 +151,12 @@ def print_training(
     from experiments.grid import single_run_arguments
     from experiments.sweep import run_sweep, sweep_table
     from run.terminal import log_line
-    from train import train
+    from train import plan, train
 
+    if arguments.dry_run:
+        for config in configs:
+            log_line(f"{config.run_dir}\n{plan(config).text}")
+        return
     if len(configs) > 1:
         commands = [
             single_run_arguments(arguments.config, arguments.overrides, config, varied)
@@ -158,10 +166,27 @@ def print_training(
         log_line(sweep_table(configs, summaries, varied))
         return
     summary = train(configs[0], resume=arguments.resume)
+    log_line(closing_table(summary, configs[0].run_dir))
     log_line(
         f"test_acc {summary.test_accuracy:.4f}  best_val_acc {summary.best_val_accuracy:.4f} "
         f"(step {summary.best_step})  steps {summary.steps}  seconds {summary.seconds:.0f}  "
         f"-> {configs[0].run_dir}/summary.json"
+    )
+
+
+def closing_table(summary: Summary, folder: Path) -> str:
+    """What came out, and what lies where."""
+    from experiments.tables import markdown
+
+    rows = [
+        [f"validation, best (step {summary.best_step:,})",
+         f"{100 * summary.best_val_accuracy:.2f}", f"{summary.examples['val']:,}"],
+        ["test", f"{100 * summary.test_accuracy:.2f}", f"{summary.examples['test']:,}"],
+    ]
+    table = markdown(["split", "accuracy, %", "examples"], rows, numbers=2)
+    return (
+        f"{table}\n{folder}: weights (model.safetensors, config.json) and their card (README.md), "
+        "best.pt, last.pt, metrics.jsonl, curves.png"
     )
 
 

@@ -52,6 +52,7 @@ from training.acceleration import (
 from training.diagnostics import inspect_model
 from training.gradients import GradientSums, shared_weights
 from training.optimizer import build_optimizer, learning_rate_factor, restore_optimizer
+from training.overview import Overview, duration, expected_seconds, look_ahead
 from training.replay import BudgetedReplay
 from training.slices import Slices
 from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
@@ -61,6 +62,7 @@ __all__ = [
 ]
 
 
+TIMED_STEPS = 10  # from which a run's time is told
 LEAST_SCALE = 1e-3  # of float16: a model that still overflows there is sick
 
 
@@ -272,6 +274,10 @@ class Trainer:
             self.backward, self.score = GraphedBackward(self.backward), Graphed(self.score)
         if config.replay_segments != "all":
             self.backward = BudgetedReplay(self.backward, config)
+        self.overview = look_ahead(
+            config, self.model, self.reader, self.splits, self.upcoming[0], self.processes
+        )
+        self.step_ends: list[float] = []  # of the first steps here, s
         self._lap_start = self._saved_at = time.perf_counter()
 
     @property
@@ -303,6 +309,7 @@ class Trainer:
             unit=" steps", disable=None if self.is_writer else True, smoothing=0.05,
         )
         self.model.train()
+        log_line(self.overview.text)
         self._lap()
         with bar, caught_signals() as self.signals:
             while not self.done:
@@ -313,6 +320,7 @@ class Trainer:
                     )
                     progress.unlogged_seconds += self._lap()
                     bar.update()
+                    self._tell_expected_time()
                     step, last = progress.step, progress.step == config.last_step
                     if step % config.log_interval == 0 or last:
                         bar.set_postfix(self.log_training())
@@ -331,6 +339,24 @@ class Trainer:
             if self.signals:  # too late for this run, not for what comes after it
                 raise Interrupted(self._leaving_status(), progress.step)
         return summary
+
+    def _tell_expected_time(self) -> None:
+        """Once `TIMED_STEPS` are made, the first one left out for what it prepares."""
+        if len(self.step_ends) == TIMED_STEPS:
+            return
+        self.step_ends.append(time.perf_counter())
+        if len(self.step_ends) < TIMED_STEPS:
+            return
+        config, progress = self.config, self.progress
+        seconds = expected_seconds(
+            config, {name: len(split) for name, split in self.splits.items()},
+            self.overview.sequences_per_step,
+            (self.step_ends[-1] - self.step_ends[0]) / (TIMED_STEPS - 1),
+            config.last_step - progress.step,
+        )
+        total = progress.seconds + progress.unlogged_seconds + seconds
+        self.overview = dataclasses.replace(self.overview, seconds=round(total))
+        log_line(f"step {progress.step}: about {duration(seconds)} to go")
 
     @property
     def done(self) -> bool:
@@ -562,6 +588,7 @@ class Trainer:
             command=" ".join(sys.argv),
             versions=self.versions,
             test_slices=slices.shares(self.processes),
+            expected=self.overview.expected(),
         )
         if self.log is not None:
             checkpoint.export(self.model.state(), self.folder, dataclasses.asdict(summary))
@@ -621,3 +648,23 @@ def train(config: Config, resume: bool = False, stop_at: float | None = None) ->
             lambda: held.enter_context(claimed(config.run_dir)) if processes.is_first else None
         )
         return Trainer(config, resume=resume, stop_at=stop_at).run()
+
+
+def plan(config: Config) -> Overview:
+    """What `train` would say first. Data are read, or generated; no folder of a run is made.
+
+    Raises:
+        ConfigError, DataError: as `train`.
+    """
+    device, processes = resolve_device(config), current_processes()
+
+    def load() -> tuple[Reader, dict[str, PackedSplit]]:
+        reader = open_dataset(config)
+        return reader, load_splits(reader)
+
+    reader, splits = processes.first_alone(load)
+    model = build_model(config, getattr(reader.tokenizer, "vocabulary", None)).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    model.precision = choose_manner(config, device, parameters, None).precision
+    batches = next(training_batches(splits["train"], config, device, 0, processes))
+    return look_ahead(config, model, reader, splits, batches[0], processes)

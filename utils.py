@@ -130,18 +130,23 @@ def reset_peak_memory(device: torch.device) -> float:
     """Let `peak_memory_mib` count from now on, where the system can: CUDA and Linux.
 
     Returns:
-        What is held now in MiB: allocated on a CUDA device, resident on Linux, else NaN.
+        What `held_memory_mib` says.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform.startswith("linux"):
+        ctypes.CDLL(None).malloc_trim(0)  # what the C heap only kept is held by nothing
+        with contextlib.suppress(OSError):  # a container may forbid it
+            Path("/proc/self/clear_refs").write_text("5")
+    return held_memory_mib(device)
+
+
+def held_memory_mib(device: torch.device) -> float:
+    """What is held now in MiB: allocated on a CUDA device, resident on Linux, else NaN."""
+    if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
-    if not sys.platform.startswith("linux"):
-        return math.nan
-    ctypes.CDLL(None).malloc_trim(0)  # what the C heap only kept is held by nothing
-    with contextlib.suppress(OSError):  # a container may forbid it
-        Path("/proc/self/clear_refs").write_text("5")
-    return _resident_mib("VmRSS")
+    return _resident_mib("VmRSS") if sys.platform.startswith("linux") else math.nan
 
 
 def peak_memory_mib(device: torch.device) -> float:

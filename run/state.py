@@ -82,6 +82,8 @@ class Summary:
     versions: dict[str, str]  # when the run was started or resumed
     # Of the test split, `training.slices.Slices.shares`; runs of older versions have none.
     test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    # What the run's first screen said it would take, `training.overview.Overview.expected`.
+    expected: dict[str, float | None] = field(default_factory=dict)
 
 
 @pydantic_dataclass(config=ConfigDict(strict=True, extra="forbid"))

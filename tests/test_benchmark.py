@@ -166,7 +166,7 @@ def test_counted_operations_are_those_of_the_replay():
         config = benchmark.benchmark_config(system, **row)
         model = build_model(config)
         counted.append(
-            benchmark.count_flop(model, config, benchmark.random_batch(config, row["seq_len"]))
+            benchmark.count_flop(model, benchmark.random_batch(config, row["seq_len"]))
         )
     T = row["seq_len"] // row["segment_len"]
     assert counted[0] / counted[1] == pytest.approx((4 * T - 1) / (3 * T), rel=0.02)

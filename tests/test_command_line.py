@@ -61,11 +61,15 @@ def trained(tmp_path_factory, listops_dir) -> Path:
 # Logs
 
 
-def test_a_redirected_log_holds_what_was_chosen_the_evaluations_and_the_result_alone(trained):
+def test_a_redirected_log_holds_what_is_expected_the_evaluations_and_the_result_alone(trained):
     choice, *lines = (trained / "stdout").read_text().splitlines()
     assert choice.startswith("float32, eager: ")
-    assert [line.split(":")[0] for line in lines[:-1]] == ["step 5", "step 10", "step 12"]
+    assert lines[0] == "listops (generated): train 200, val 20, test 20"
+    evaluations = [line.split(":")[0] for line in lines if "val_loss" in line]
+    assert evaluations == ["step 5", "step 10", "step 12"]
+    assert [line for line in lines if line.startswith("step 10: about")]
     assert lines[-1].startswith("test_acc")
+    assert len(lines) == 4 + 3 + 1 + 5 + 1  # expected, evaluations, time, closing table, result
     assert (trained / "stderr").read_text() == ""
 
 

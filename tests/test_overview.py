@@ -1,0 +1,80 @@
+"""The first screen of a run: what it states is counted, and `--dry_run` does nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import run_cli, tiny_batch, tiny_config, write_config
+
+from dataloader import Batch
+from model import build_model
+from train import plan
+from training.cost import count_flop, flop_per_token
+from training.overview import duration, expected_seconds
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_operations_per_token_are_those_of_the_whole_step(rows):
+    model = build_model(tiny_config())
+    tokens = tiny_batch(model.config, [40] * rows).tokens
+    batch = Batch(tokens, None, torch.zeros(rows, dtype=torch.long))
+    assert flop_per_token(model, batch) * tokens.numel() == pytest.approx(count_flop(model, batch))
+
+
+def test_a_replay_costs_a_forward_pass_and_counting_leaves_the_model_as_it_was():
+    def flop(**changes) -> float:
+        model = build_model(tiny_config(**changes))
+        result = count_flop(model, tiny_batch(model.config))
+        assert model.training and all(p.grad is None for p in model.parameters())
+        return result
+
+    bptt, half, amrb = (
+        flop(memory_replay_backprop=False), flop(replay_segments=1), flop(replay_segments="all")
+    )
+    assert bptt < half < amrb < 4 / 3 * bptt
+    assert amrb - bptt == pytest.approx(3 * (half - bptt))  # three of the four segments, or one
+    assert count_flop(build_model(tiny_config(attention_type="softmax")), None) is None
+
+
+def test_backpropagation_through_time_is_expected_to_take_more_memory(listops_dir):
+    changes = {"data_dir": str(listops_dir), "dim": 64, "batch_size": 64}
+    amrb = plan(tiny_config(**changes))
+    bptt = plan(tiny_config(**changes, memory_replay_backprop=False))
+    assert bptt.memory_mib > amrb.memory_mib + 5
+    assert amrb.mflop_per_token > bptt.mflop_per_token
+    assert amrb.tokens_per_step == bptt.tokens_per_step
+
+
+def test_time_grows_with_steps_and_evaluations():
+    config = tiny_config(eval_interval=5)
+    examples = {"train": 200, "val": 20, "test": 20}
+    assert expected_seconds(config, {**examples, "val": 0, "test": 0}, 8, 2.0, 30) == 60
+    few = expected_seconds(config, examples, 8, 2.0, 30)
+    assert few > 60
+    more = expected_seconds(config.model_copy(update={"eval_interval": 1}), examples, 8, 2.0, 30)
+    assert more > few
+    assert (duration(59.6), duration(3700)) == ("1 min 00 s", "1 h 01 min")
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_makes_no_folder(tmp_path, listops_dir):
+    path = write_config(tmp_path, listops_dir)
+    result = run_cli("--config", path, "seed=0,1", "--dry_run", cwd=tmp_path, check=True)
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("runs/")] == [
+        "runs/run_seed0", "runs/run_seed1"
+    ]
+    parameters = sum(p.numel() for p in build_model(tiny_config()).parameters())
+    assert sum(f"parameters {parameters:,};" in line for line in lines) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_summary_keeps_what_was_expected(tmp_path, listops_dir):
+    path = write_config(tmp_path, listops_dir)
+    result = run_cli("--config", path, cwd=tmp_path, check=True)
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    expected = summary["expected"]
+    assert expected["mflop_per_token"] > 0 and expected["seconds"] is not None
+    assert f"about {expected['tokens_per_step']:,} real tokens" in result.stdout
+    assert f"| test | {100 * summary['test_accuracy']:.2f} | 20 |" in result.stdout
