@@ -25,7 +25,8 @@ class Overview:
     sequences_per_step: int  # of all processes
     tokens_per_step: int  # real ones, on average
     mflop_per_token: float | None  # of matrix products, replay included; None: not counted
-    memory_mib: int | None  # at the peak, of one process; None where the system does not tell
+    # Of one process, without what only an operation takes; None where the system does not tell.
+    memory_mib: int | None
     seconds: int | None = None  # of the whole run; None before it could be told
 
     def expected(self) -> dict[str, float | None]:
@@ -49,11 +50,10 @@ def look_ahead(
     sequences = config.batch_size * config.accumulate * processes.world_size
     tokens = round(sequences * train.lengths.sum() / len(train))
     T = config.num_segments // config.num_sequences
-    kept, floor = T, "about"
+    kept = T
     if config.memory_replay_backprop:
         asked = config.replay_segments
         kept = T - asked if isinstance(asked, int) else 1
-        floor = "at least" if asked == "auto" else floor
     held = held_memory_mib(device)
     bytes_to_come = (TRAINING_COPIES - 1) * FLOAT * parameters  # beside the weights
     bytes_to_come += kept * activation_bytes(model, batch)
@@ -71,7 +71,7 @@ def look_ahead(
         f"a step: {sequences} sequences, about {tokens:,} real tokens, {way}"
         + ("" if mflop is None else f", {mflop:.2f} MFLOP a token"),
         f"{config.last_step:,} steps, {config.last_step * sequences / len(train):.2f} epochs; "
-        + ("" if memory is None else f"{floor} {memory:,} MiB of memory; ")
+        + ("" if memory is None else f"{memory:,} MiB of memory at least; ")
         + f"{model.precision} on {hardware(device)}",
     ]
     return Overview("\n".join(lines), sequences, tokens, mflop, memory)
