@@ -37,6 +37,7 @@ from experiments.tables import markdown
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from run.files import write_json
+from run.program import Parser, run_program
 from train import StepResult, amrb_backward, bptt_backward
 from training.acceleration import GraphedBackward, compile_model, resolve_device
 from training.cost import count_flop
@@ -429,8 +430,9 @@ COMMANDS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="benchmark.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(dest="what", required=True, metavar=names)
@@ -479,4 +481,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmark.py", main))

@@ -32,11 +32,13 @@ from experiments.tables import Measured, ablation_table, accuracy_table, ratio_t
 from lra_config import (
     Config,
     ConfigError,
+    UserError,
     dump_config,
     load_config,
     read_mapping,
 )
 from run.files import atomic_write, write_json
+from run.program import Parser, run_program
 from run.signals import caught_signals
 
 ROOT = Path(__file__).parent
@@ -56,7 +58,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
 
-class Interrupted(Exception):
+
+class Interrupted(UserError):
     """A signal arrived; the child saved a checkpoint and ended."""
 
     def __init__(self, signal_number: int) -> None:
@@ -324,8 +327,9 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="reproduce.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("table", choices=[*TRAINED, *MEASURED])
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(published.TASKS)}")
@@ -380,17 +384,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    try:
-        return int(reproduce(parse_arguments()) > 0)
-    except (ConfigError, OSError) as error:
-        print(f"reproduce.py: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as error:
-        print(f"reproduce.py: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("reproduce.py: interrupted", file=sys.stderr)
-        return 130
+    return run_program("reproduce.py", lambda: int(reproduce(parse_arguments()) > 0))
 
 
 if __name__ == "__main__":

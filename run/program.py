@@ -30,16 +30,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: {message}; see --help") + "\n")
 
 
-def run_program(name: str, body: Callable[[], None]) -> int:
+def run_program(name: str, body: Callable[[], int | None]) -> int:
     """Carry out a command and return its exit status.
 
-    0 done; 2, or what the error says, for what its user can mend, with one line on standard error;
-    130 and 143 after SIGINT and SIGTERM.
+    What `body` returns, or 0; for what the user can mend 2, or what the error says, with one line
+    on standard error; 130 and 143 after SIGINT and SIGTERM.
     """
     open_standard_streams()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its cache in a read-only HOME
     try:
-        body()
+        return body() or 0
     except UserError as error:
         return fail(name, error, error.exit_status, by_all=error.met_by_all)
     except OSError as error:
@@ -50,7 +50,6 @@ def run_program(name: str, body: Callable[[], None]) -> int:
         return fail(name, "interrupted", 130)
     except Terminated:
         return fail(name, "terminated", 143)
-    return 0
 
 
 def fail(name: str, reason: object, exit_status: int, *, by_all: bool = True) -> int:

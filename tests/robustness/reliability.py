@@ -112,10 +112,10 @@ def page(figures: dict) -> str:
             lines += [f"| {name} | {r['tried']:,} | {r['held']:,} |" for name, r in rows.items()]
             tried, held = (sum(r[key] for r in rows.values()) for key in ("tried", "held"))
             lines += [f"| together | {tried:,} | {held:,} |", ""]
-    for part, title in (("kills", "SIGKILL at random moments"), ("signals", "SIGTERM, likewise")):
+    for part, name in (("kills", "SIGKILL"), ("signals", "SIGTERM")):
         if part in figures:
             result = figures[part]["result"]
-            lines += [f"## {title}", "", _origin(figures[part]), ""]
+            lines += [f"## {name} at random moments", "", _origin(figures[part]), ""]
             lines += ["| moment | struck |", "|---|---:|"]
             lines += [f"| {moment} | {count} |" for moment, count in result["moments"].items()]
             lines += ["", f"{result['tried']} tried, {result['held']} held."]

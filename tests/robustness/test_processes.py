@@ -30,8 +30,12 @@ def two_processes(config: Path, cwd: Path) -> list[subprocess.Popen]:
     ]
 
 
-@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("lost", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize(("lost", "loss"), [
+    pytest.param(0, signal.SIGKILL, id="first killed"),
+    pytest.param(1, signal.SIGSTOP, id="second stopped"),
+    pytest.param(1, signal.SIGKILL, id="second killed", marks=pytest.mark.slow),
+    pytest.param(0, signal.SIGSTOP, id="first stopped", marks=pytest.mark.slow),
+])
 def test_a_process_that_is_left_alone_ends_with_one_line(tmp_path, listops_dir, loss, lost):
     config = write_config(
         tmp_path, listops_dir, max_steps=10**6, process_timeout=TIMEOUT, checkpoint_interval=2,
