@@ -117,6 +117,7 @@ def _limits(config: Config, summary: dict[str, Any] | None) -> str:
 
 
 def _configuration(config: Config) -> str:
-    """What differs from the defaults, less what concerns the machine that trained."""
-    changed = config.model_dump(exclude_defaults=True, exclude=set(Config.keys("local")))
+    """What differs from the defaults of what a training comes to, but for its machine."""
+    decisive = {*Config.keys("model"), *Config.keys("outcome")} - set(Config.keys("local"))
+    changed = config.model_dump(exclude_defaults=True, include=decisive)
     return yaml.safe_dump(changed, sort_keys=False)
