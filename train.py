@@ -34,6 +34,7 @@ from run.state import (
     Progress,
     Resumable,
     Summary,
+    begin_folder,
     claim_folder,
     claimed,
     finished,
@@ -257,7 +258,6 @@ class Trainer:
                 if self.is_writer:  # it holds the sums of all processes
                     self.running.copy_(state.running)
             self.progress = state.progress
-        self.log = RunLog(config, keep_until=self.progress.step) if self.is_writer else None
 
         self.compiled = manner.compile
         self.graphed = uses_cuda_graphs(config, self.device)
@@ -278,6 +278,10 @@ class Trainer:
             config, self.model, self.reader, self.splits, self.upcoming[0], self.processes
         )
         self.step_ends: list[float] = []  # of the first steps here, s
+        self.log = None
+        if self.is_writer:
+            begin_folder(config, anew=state is None)
+            self.log = RunLog(config, keep_until=self.progress.step)
         self._lap_start = self._saved_at = time.perf_counter()
 
     @property

@@ -29,6 +29,7 @@ from lra_config import (
 from run import checkpoint
 from run.files import atomic_write, read_json, remove
 from run.locks import locked
+from run.log import read_metrics
 from run.processes import current_processes
 from run.terminal import log_line
 from run.text import shown
@@ -193,26 +194,39 @@ def load_state(config: Config) -> Resumable:
 
 
 def claim_folder(config: Config, *, resume: bool) -> Resumable | None:
-    """Make the run's folder, or find the state to resume from in it; note the configuration.
+    """Find the state to resume from in the run's folder; nothing is written.
 
     Raises:
         ConfigError: the folder holds a checkpoint that may not be gone on from.
         CheckpointError: the checkpoint cannot be read.
     """
-    last, state = config.run_dir / "last.pt", None
+    last = config.run_dir / "last.pt"
     if not resume:
         check_unclaimed(config)
     elif last.exists():
-        state = load_state(config)
+        return load_state(config)
     else:
         log_line(f"{last}: no checkpoint yet, the run starts anew")
+    return None
+
+
+def begin_folder(config: Config, *, anew: bool) -> None:
+    """Note the configuration in the run's folder, once nothing can refuse the run any more.
+
+    Args:
+        anew: nothing of an earlier run stays.
+    Raises:
+        LogError: the log to go on with is damaged.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    if state is None:
-        for stale in ("metrics.jsonl", "summary.json"):
-            (config.run_dir / stale).unlink(missing_ok=True)
+    log = config.run_dir / "metrics.jsonl"
+    if anew:
+        for stale in (log, config.run_dir / "summary.json"):
+            stale.unlink(missing_ok=True)
+    elif log.exists():
+        read_metrics(config.run_dir)
     with atomic_write(config.run_dir / "config.yaml", "w") as handle:
         handle.write(dump_config(config))
-    return state
 
 
 def check_resumable(config: Config, saved: Config, path: Path) -> None:

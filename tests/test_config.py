@@ -141,6 +141,7 @@ def test_the_command_line_answers_a_mistake_with_status_2_and_one_line(
     assert len(result.stderr.strip().splitlines()) == 1
     assert arguments[0].split("=")[0] in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_missing_file_is_answered_with_status_2_and_one_line(tmp_path):
