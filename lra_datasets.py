@@ -172,7 +172,10 @@ class Imdb(FileReader):
     """`aclImdb/{train,test}/{pos,neg}/*.txt`: bytes (`imdb_lra`) or words."""
 
     layout = LAYOUTS["imdb"]
-    advice = "run ./get_lra_data.sh imdb, or set download: true, which needs the package datasets"
+    advice = (
+        "run ./get_lra_data.sh imdb, or pip install -r requirements-download.txt and set "
+        "download: true"
+    )
 
     def prepare(self) -> None:
         if self.config.download:
@@ -224,7 +227,10 @@ class Cifar10(FileReader):
     """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as grey levels."""
 
     layout = LAYOUTS["cifar10"]
-    advice = "run ./get_lra_data.sh cifar10, or set download: true, which needs torchvision"
+    advice = (
+        "run ./get_lra_data.sh cifar10, or pip install -r requirements-download.txt and set "
+        "download: true"
+    )
 
     def prepare(self) -> None:
         if self.config.download:
