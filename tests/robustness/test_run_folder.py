@@ -111,7 +111,7 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
             for batch in batches:
                 calls[-1] += 1
                 if len(calls) == evaluation + 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
                 yield batch
 
         return evaluate(model, counted(), *arguments)
@@ -136,8 +136,8 @@ def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path, listops_
     def struck(model, batch, *arguments, **options):
         calls.append(1)
         if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             pytest.fail("the second signal was held back")
         return backward(model, batch, *arguments, **options)
 
