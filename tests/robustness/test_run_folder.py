@@ -142,8 +142,13 @@ def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path, listops_
         return backward(model, batch, *arguments, **options)
 
     monkeypatch.setattr(train_module, "amrb_backward", struck)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
+    # As commands do: what a shell starts in the background ignores SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "run/last.pt")["progress"]["step"] == 4
     train(config, resume=True)
