@@ -484,7 +484,7 @@ class RMAAT(
         active = torch.stack([m.any(dim=1) for m in mask.split(self.segment_len, dim=1)], dim=1)
         order = torch.arange(1, active.shape[1] + 1, device=active.device)
         last = (active * order).argmax(dim=1)  # (B,)
-        return stacked[torch.arange(len(last), device=last.device), last]
+        return stacked.take_along_dim(last[:, None, None], dim=1)[:, 0]
 
     def state(self) -> dict[str, Any]:
         """What brings the model back: weights, configuration, vocabulary; in every checkpoint."""

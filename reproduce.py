@@ -54,6 +54,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "max_steps": 3, "warmup_steps": 1, "eval_interval": 3, "batch_size": 8, "dim": 16,
         "num_layers": 1, "num_heads": 2, "ffn_dim": 16,
+        "num_hidden": None, "position_basis": "localised",  # a local start needs more features
     },
 }
 REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
