@@ -94,6 +94,8 @@ def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
         if base.task.truncated:
             values["max_seq_len"] = T * base.segment_len
         S = values.get("max_seq_len", base.max_seq_len) // T
+        if base.reads_neighbours and S != base.segment_len:
+            values["num_hidden"] = S  # the local start has a neuron for each token
         rows[f"segments_{T}"] = (f"{T} segments of {S}", values)
     return rows
 

@@ -60,6 +60,8 @@ def test_an_ablation_changes_one_thing(task):
     for name in reproduce.ablations(task):
         changed = {key for key, value in values(name).items() if value != base[key]}
         allowed = {"rlt_amrb": 2}.get(name, 1)
+        if name.startswith("segments"):
+            changed.discard("num_hidden")  # of the local start: as many as a segment has tokens
         if name.startswith("segments") and task in ("text", "retrieval"):
             assert changed <= {"num_segments", "max_seq_len"}
             assert values(name)["max_seq_len"] // values(name)["num_segments"] == segment_len

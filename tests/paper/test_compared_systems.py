@@ -138,7 +138,9 @@ def test_published_accuracies_have_the_published_averages(system, average):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_model_of_a_system_has_its_parts(system):
     expected = SYSTEMS[system]
-    config = system_config(system, "image", dim=8, num_heads=2, ffn_dim=8)
+    config = system_config(
+        system, "image", dim=8, num_heads=2, ffn_dim=8, num_hidden=None, position_basis="localised"
+    )
     model, T = build_model(config), config.num_segments
     assert (T > 1) == expected.segments
     assert (len(model.memory) > 0) == expected.memory and model.memory.requires_grad
