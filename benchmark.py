@@ -115,14 +115,28 @@ def eager_backward(system: str, config: Config) -> Callable[..., StepResult]:
 
 
 def measure(system: str, **row: Any) -> dict[str, float | None]:
+    """Measure one row of the tables, as `measure_config` does."""
+    config = benchmark_config(system, **row)
+    return measure_config(config, eager_backward(system, config))
+
+
+def measure_task(file: str, **overrides: Any) -> dict[str, float | None]:
+    """Measure the model and the shapes of a file in configs/, as `measure_config` does."""
+    values = read_mapping(Path(__file__).parent / "configs" / f"{file}.yaml")
+    config = make_config({**values, **overrides})
+    return measure_config(config, eager_backward(AMRB, config))
+
+
+def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str, float | None]:
     """Train on random tokens in this process.
 
+    Args:
+        eager: what leaves the gradients of a step.
     Returns:
         `step_seconds`, the median of the timed steps, `peak_mib` above the model's own state,
         `gflop`, executed in the matrix products of a step, `kernels` of an eager step without the
         optimizer, `compile_seconds`, and on CUDA `reserved_mib`.
     """
-    config = benchmark_config(system, **row)
     device = resolve_device(config)
     torch.manual_seed(0)
     model = build_model(config).to(device)
@@ -130,7 +144,7 @@ def measure(system: str, **row: Any) -> dict[str, float | None]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates its state
-    backward = eager = eager_backward(system, config)
+    backward = eager
     if config.cuda_graphs is True:
         backward = GraphedBackward(backward)
     if config.replay_segments != "all":
@@ -225,8 +239,21 @@ def in_this_process(what: str, request: Any) -> Any:
 
 
 ANSWERS: dict[str, Callable[[Any], Any]] = {
-    "row": lambda request: measure(**request), "rate": matmul_gflop_per_second,
+    "row": lambda request: measure(**request),
+    "task": lambda request: measure_task(**request),
+    "rate": matmul_gflop_per_second,
 }
+
+
+def serve() -> None:
+    """Answer requests `[what, request]`, each a line of JSON, by an `answer` or an `error`."""
+    for line in sys.stdin:
+        what, request = json.loads(line)
+        try:
+            reply = {"answer": in_this_process(what, request)}
+        except RuntimeError as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), flush=True)
 
 
 def measure_in_turn(
@@ -445,6 +472,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--segment_len", type=int, default=512)
         command.add_argument("--repeats", type=int, choices=range(1, 100), default=3, metavar="N")
         command.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
+    commands.add_parser("serve")
     # One measurement, for the child process.
     for name in ANSWERS:
         commands.add_parser(name).add_argument("request", type=json.loads)
@@ -453,6 +481,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.what == "serve":
+        serve()
+        return 0
     if arguments.what in ANSWERS:
         print(json.dumps(ANSWERS[arguments.what](arguments.request)))
         return 0

@@ -16,7 +16,6 @@ from run.state import NonFiniteError
 from train import Trainer, amrb_backward, bptt_backward, train
 from training import acceleration
 from training.acceleration import (
-    GraphedBackward,
     Manner,
     choose_manner,
     compile_model,
@@ -153,24 +152,6 @@ def test_a_compiled_segment_has_the_eager_gradients(dropout):
         gradients(config, prepare=prepare), gradients(config, backward=bptt_backward),
         COMPILED_TOLERANCE,
     )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("backward", [amrb_backward, bptt_backward])
-def test_a_graph_has_the_eager_gradients(dropout, backward):
-    config = tiny_config(dropout=dropout, precision="float32")
-    eager = gradients(config, "cuda", backward=backward)
-    graphed = GraphedBackward(backward)
-
-    def prepare(model, batch):
-        torch.manual_seed(1)
-        graphed(model, batch)  # captures
-        model.zero_grad(set_to_none=False)
-        return graphed
-
-    assert_equal_gradients(gradients(config, "cuda", prepare=prepare), eager, COMPILED_TOLERANCE)
-    assert graphed.enabled
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
