@@ -82,10 +82,14 @@ class FusedResponse(torch.autograd.Function):
             x.clone(memory_format=torch.contiguous_format)
             for x in _split_qk(qkv, num_heads, num_hidden)
         )
+        B, H, N, d = v.shape
+        # Before what goes again, which would leave holes between all that stays.
+        output = qkv.new_empty(B, N, H * d)
         if terms.normalize:
             qk[0] -= row_shift(qk[0])
         positive = qk.clamp(min=0)
         qk.clamp_(max=0).exp_().add_(positive)  # phi
+        del positive
         q, k = qk
         if mask is not None:
             k *= mask[:, None, :, None]
@@ -101,8 +105,6 @@ class FusedResponse(torch.autograd.Function):
             hebbian.sigmoid_()
         response = q @ hebbian
         total = inverse = None
-        B, H, N, d = v.shape
-        output = qkv.new_empty(B, N, H * d)
         heads = output.unflatten(-1, (H, d)).transpose(1, 2)
         if terms.normalize:
             wide = torch.promote_types(q.dtype, torch.float32)
