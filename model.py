@@ -26,6 +26,7 @@ Deviation: the paper does not publish its read-out.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ class Segment(NamedTuple):
     mask: Tensor | None
 
 
-class SegmentRecurrent(nn.Module):
+class SegmentRecurrent(nn.Module, abc.ABC):
     """What `bptt_backward` and `amrb_backward` ask of a model: a sequence cut into segments.
 
     A model of one's own gives `segment`, `initial_memory`, `combine` and a module `head`, and sets
@@ -207,10 +208,11 @@ class SegmentRecurrent(nn.Module):
         """The seed () of one step's random numbers; None where there are none."""
         return None
 
+    @abc.abstractmethod
     def initial_memory(self, batch_size: int) -> Tensor:
         """mem_1, (B, M, D)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def segment(
         self,
         tokens: Tensor,
@@ -229,15 +231,14 @@ class SegmentRecurrent(nn.Module):
             positions: what `positions()` returned.
             seed: what `dropout_seed()` returned.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def combine(self, readouts: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The head's input from the read-outs (B, D) of all segments that ran, in order.
 
         Args:
             mask: (B, L) bool of the sequence; None if every one of those segments is whole.
         """
-        raise NotImplementedError
 
 
 class RMAAT(

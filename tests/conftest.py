@@ -35,7 +35,8 @@ TINY = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs from tests that do not ask for them, and from the processes they start."""
+    """One thread, and GPUs for those tests alone that ask for them; so for processes they start."""
+    torch.set_num_threads(1)  # small tensors gain nothing by more, and sums would round otherwise
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -141,6 +141,20 @@ def test_a_damaged_word_list_is_refused_and_made_again_once_removed(content, tmp
     assert open_dataset(config).tokenizer.vocabulary == words
 
 
+def outputs_of_three(program: str, folder: Path) -> list[str]:
+    """What three processes print that do the same in one folder at the same time."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    return [output for output, _ in outputs]
+
+
 PACK = (
     "import sys; from lra_config import make_config; from data import packing; import lra_datasets;"
     "original = packing._pack;"
@@ -151,20 +165,12 @@ PACK = (
 )
 
 
-def test_two_processes_pack_once(data):
-    """The second one waits for the first, and reads what that has packed."""
+def test_three_processes_pack_once(data):
+    """The others wait for the first, and read what that has packed."""
     shutil.rmtree(data / ".cache")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PACK, str(data)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for _ in range(3)
-    ]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], outputs
-    assert all("{'train': 200, 'val': 20, 'test': 20}" in output for output, _ in outputs)
-    assert sum(output.count("packs") for output, _ in outputs) >= 3
+    outputs = outputs_of_three(PACK, data)
+    assert all("{'train': 200, 'val': 20, 'test': 20}" in output for output in outputs)
+    assert sum(output.count("packs") for output in outputs) >= 3
     assert not [p.name for p in (data / ".cache").iterdir() if p.suffix in (".part", ".lock")]
 
 
@@ -179,16 +185,9 @@ GENERATE = (
 )
 
 
-def test_two_processes_generate_once(tmp_path):
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", GENERATE, str(tmp_path)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for _ in range(3)
-    ]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [output.split()[-1] for output, _ in outputs] == ["20000"] * 3, outputs
+def test_three_processes_generate_once(tmp_path):
+    outputs = outputs_of_three(GENERATE, tmp_path)
+    assert [output.split()[-1] for output in outputs] == ["20000"] * 3, outputs
     assert [p.name for p in (tmp_path / "lra_release").iterdir()] == ["listops-1000"]
 
 
