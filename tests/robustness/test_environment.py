@@ -53,10 +53,10 @@ PREDICT = ["--checkpoint", "runs/run/best.pt", "--predict"]
 
 
 def shell(command: str, cwd: Path) -> subprocess.CompletedProcess:
-    """A command line with redirections; `rmaat` stands for the program."""
-    command = command.replace("rmaat", f"{sys.executable} {ROOT / 'run_train.py'}")
+    """A command line with redirections; `rmaat` is the program."""
+    function = f"rmaat() {{ '{sys.executable}' '{ROOT / 'run_train.py'}' \"$@\"; }}\n"
     return subprocess.run(
-        ["bash", "-c", command], cwd=cwd, text=True, capture_output=True,
+        ["bash", "-c", function + command], cwd=cwd, text=True, capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
