@@ -15,7 +15,8 @@ is always the configured number of segments and t the absolute index, whether or
 are padding for a whole batch are run.
 
 Padding. Padded rows are no keys. A segment in which a sample has no real token leaves that sample's
-memory as it was, without its factor, and adds nothing to its read-out (`RMAAT.encode`).
+memory as it was, without its factor, and adds nothing to its read-out (`RMAAT.encode`); where shapes
+may differ from segment to segment it is not run for that sample (`SegmentRecurrent.recur`).
 
 Read-out. `pooling: mean` is the mean over all real tokens of all segments, without memory rows;
 `last` the mean over the real tokens of the last segment that holds one; `memory` the mean of the M
@@ -106,12 +107,13 @@ class SegmentRecurrent(nn.Module, abc.ABC):
     `segment_len` and `max_seq_len`; examples/own_model.py is one. Its `segment` must be pure, as
     AMRB runs it again and expects what it gave the first time: no running statistics, no state that
     stays, no random number but of `seed`. All memories have one shape and type, (B, M, D), and
-    read-outs are (B, D).
+    read-outs are (B, D). `segment` may be given some samples of a batch alone.
     """
 
     segment_len: int  # S, tokens
     max_seq_len: int  # T * S at most
     num_sequences = 1  # that one example is encoded as
+    fixed_shapes = False  # every segment for every sample, as compiled forms and CUDA graphs want
     precision = "float32"  # RMAAT's own way to a lower one is `shared_weights`
     head: nn.Module  # (B, what `combine` returns) to logits (B, C)
 
@@ -145,6 +147,9 @@ class SegmentRecurrent(nn.Module, abc.ABC):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Encode segments in order, each from the memory that the one before it left.
 
+        On a CPU, and without `fixed_shapes`, a segment is run for those samples alone that have a
+        real token in it; another device would have to be waited for to count them.
+
         Args:
             segments: of a sequence, as `split` cuts them.
             positions: what `positions()` returned; None computes them here.
@@ -156,6 +161,8 @@ class SegmentRecurrent(nn.Module, abc.ABC):
             What `segment` returns: mem_{t+1} (B, M, D) and the share of the read-out (B, D).
         """
         run = run or self.segment
+        if not self.fixed_shapes:
+            run = _for_present_samples(run)
         positions = self.positions() if positions is None else positions
         seed = self.dropout_seed() if seed is None else seed
         if memory is None and segments:
@@ -239,6 +246,27 @@ class SegmentRecurrent(nn.Module, abc.ABC):
         Args:
             mask: (B, L) bool of the sequence; None if every one of those segments is whole.
         """
+
+
+def _for_present_samples(
+    run: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run` of a segment, without the samples that are padding in it."""
+
+    def run_present(
+        tokens: Tensor, memory: Tensor, index: int, mask: Tensor | None, *shared: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        on_cpu = mask is not None and mask.device.type == "cpu"
+        present = mask.any(dim=1) if on_cpu else None
+        if present is None or present.all():
+            return run(tokens, memory, index, mask, *shared)
+        present[0] |= not present.any()  # no run is empty
+        rows = present.nonzero()[:, 0]
+        memory_out, readout = run(tokens[rows], memory[rows], index, mask[rows], *shared)
+        nothing = readout.new_zeros(len(memory), readout.shape[1])
+        return memory.index_copy(0, rows, memory_out), nothing.index_copy(0, rows, readout)
+
+    return run_present
 
 
 class RMAAT(

@@ -261,9 +261,10 @@ class Trainer:
 
         self.compiled = manner.compile
         self.graphed = uses_cuda_graphs(config, self.device)
+        self.model.fixed_shapes = self.compiled or self.graphed
         self.steps = training_batches(
             self.splits["train"], config, self.device, self.progress.step, self.processes,
-            whole_segments=self.compiled or self.graphed,
+            whole_segments=self.model.fixed_shapes,
         )
         self.upcoming = next(self.steps)  # the batches of the next step
         self.backward = amrb_backward if config.memory_replay_backprop else bptt_backward
@@ -612,7 +613,7 @@ class Trainer:
         """The metrics of a split; None if a signal came before the end, to any process."""
         batches = evaluation_batches(
             self.splits[split], self.config, self.device, self.processes,
-            whole_segments=self.compiled or self.graphed,
+            whole_segments=self.model.fixed_shapes,
         )
         metrics = evaluate(
             self.model, self._until_signal(batches), self.processes, slices, self.score

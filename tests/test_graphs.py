@@ -25,6 +25,13 @@ ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
 CPU_BFLOAT16 = {"precision": "bfloat16"}
 
 
+def fixed_model(config):
+    """With the shapes that a graph needs."""
+    model = build_model(config)
+    model.fixed_shapes = True
+    return model
+
+
 def clear(model) -> None:
     """Zero gradients, in the tensors that graphs write to."""
     for parameter in model.parameters():
@@ -48,7 +55,7 @@ def test_a_replayed_step_has_the_eager_gradients_of_another_batch(
     fake_cuda_graphs, attention, precision, backward
 ):
     config = tiny_config(attention_type=attention, precision=precision, dropout=0.2)
-    model = build_model(config)
+    model = fixed_model(config)
     graphed = GraphedBackward(backward)
     gradients(model, graphed, tiny_batch(config, [40, 17, 9]))
     other = tiny_batch(config, [33, 40, 12], seed=1)
@@ -61,7 +68,7 @@ def test_a_replayed_step_has_the_eager_gradients_of_another_batch(
 
 def test_forms_share_a_pool_and_a_stream_and_take_turns(fake_cuda_graphs):
     config = tiny_config(dropout=0.2)
-    model, graphed = build_model(config), GraphedBackward(amrb_backward)
+    model, graphed = fixed_model(config), GraphedBackward(amrb_backward)
     batches = []
     for seed, (segments, padded) in enumerate(itertools.product((4, 2, 3), (True, False))):
         batch, L = tiny_batch(config, [40, 17, 9], seed), segments * config.segment_len
@@ -77,7 +84,7 @@ def test_forms_share_a_pool_and_a_stream_and_take_turns(fake_cuda_graphs):
 
 def test_gradients_of_several_batches_add_up_and_the_capture_leaves_none(fake_cuda_graphs):
     config = tiny_config(dropout=0.2, readout_norm="batch")
-    model, graphed = build_model(config), GraphedBackward(amrb_backward)
+    model, graphed = fixed_model(config), GraphedBackward(amrb_backward)
     first, second = tiny_batch(config), tiny_batch(config, seed=1)
     results, start = [], copy.deepcopy(model.state_dict())
     for backward in (amrb_backward, graphed):
@@ -93,7 +100,7 @@ def test_gradients_of_several_batches_add_up_and_the_capture_leaves_none(fake_cu
 
 def test_evaluation_is_replayed_too(fake_cuda_graphs):
     config = tiny_config()
-    model, graphed = build_model(config).eval(), Graphed(score)
+    model, graphed = fixed_model(config).eval(), Graphed(score)
     with torch.inference_mode():
         for seed in range(3):
             batch = tiny_batch(config, [40, 17, 9], seed)
@@ -171,7 +178,7 @@ def test_a_replay_that_computes_something_else_is_not_used(fake_cuda_graphs, mon
 
     monkeypatch.setattr(Tape, "replay", wrong)
     config = tiny_config()
-    model, graphed = build_model(config), GraphedBackward(amrb_backward)
+    model, graphed = fixed_model(config), GraphedBackward(amrb_backward)
     batch = tiny_batch(config)
     actual = gradients(model, graphed, batch)
     torch.testing.assert_close(actual, gradients(model, amrb_backward, batch))
@@ -186,7 +193,7 @@ def test_memory_that_runs_out_in_a_capture_lets_less_be_kept(fake_cuda_graphs, c
         return amrb_backward(model, batch, scale, seed, kept)
 
     config = tiny_config(replay_segments=0)
-    model, batch = build_model(config), tiny_batch(config)
+    model, batch = fixed_model(config), tiny_batch(config)
     graphed = GraphedBackward(backward)
     actual = gradients(model, BudgetedReplay(graphed, config), batch)
     torch.testing.assert_close(actual, gradients(model, amrb_backward, batch))
@@ -215,7 +222,7 @@ def meta_is_a_device(monkeypatch):
 ], ids=lambda changes: "-".join(map(str, changes.values())))
 def test_a_step_waits_for_nothing_draws_nothing_and_stays_on_its_device(meta_is_a_device, changes):
     config = tiny_config(dropout=0.2, num_segments=2, **changes)
-    model = build_model(config).to("meta")
+    model = fixed_model(config).to("meta")
     seed = torch.zeros((), dtype=torch.int64, device="meta")
     for lengths in (None, [40, 17, 9]):
         batch = Batch(*(x if x is None else x.to("meta") for x in tiny_batch(config, lengths)))
@@ -230,7 +237,7 @@ def test_a_step_waits_for_nothing_draws_nothing_and_stays_on_its_device(meta_is_
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_step_in_bfloat16_waits_for_nothing_and_draws_nothing(attention):
     config = tiny_config(attention_type=attention, dropout=0.2, **CPU_BFLOAT16)
-    model, batch = build_model(config), tiny_batch(config, [40, 17, 9])
+    model, batch = fixed_model(config), tiny_batch(config, [40, 17, 9])
     with StrictStep("cpu"):
         amrb_backward(model, batch, 0.5, torch.zeros((), dtype=torch.int64))
         bptt_backward(model, batch, 0.5, torch.zeros((), dtype=torch.int64))

@@ -20,6 +20,9 @@ from cases import (
     small_model,
 )
 
+from model import RMAAT
+from train import amrb_backward, bptt_backward
+
 VARIANTS = [
     *({"attention_type": a, "pooling": p} for a, p in itertools.product(ATTENTIONS, POOLINGS)),
     {"attention_type": "nystrom", "nystrom_landmarks": 9, "nystrom_conv": 0},
@@ -75,6 +78,34 @@ def test_trailing_padding_may_be_cut_off_and_t_and_T_stay(pooling):
     unmasked = model(batch.tokens[:1, :7])  # seven tokens, no mask
     close(unmasked, expected[:1])
     close(unmasked, reference_logits(model, batch.tokens[:1, :7]))
+
+
+@pytest.mark.parametrize("changes", [
+    *({"attention_type": a, "pooling": p} for a, p in itertools.product(ATTENTIONS, POOLINGS)),
+    {"num_memory_tokens": 0}, {"dataset": "aan", "document_pair": "separate", "num_segments": 6},
+], ids=str)
+@pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])
+def test_to_leave_a_sample_out_of_a_segment_of_padding_changes_nothing(
+    monkeypatch, backward, changes
+):
+    model = small_model(small_config(**changes))
+    batch = small_batch(model.config)
+    segment, samples, results = RMAAT.segment, set(), []
+
+    def counted(self, tokens, memory, index, *rest):
+        samples.add((index, len(tokens)))
+        return segment(self, tokens, memory, index, *rest)
+
+    monkeypatch.setattr(RMAAT, "segment", counted)
+    for model.fixed_shapes in (True, False):
+        samples.clear()
+        model.zero_grad()
+        result = backward(model, batch)
+        results.append([*result, *(p.grad for p in model.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+    segments, _ = model.split(batch.tokens, batch.mask)
+    assert samples == {(t, int(mask.any(dim=1).sum())) for t, (_, mask) in enumerate(segments)}
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
