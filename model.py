@@ -15,8 +15,8 @@ is always the configured number of segments and t the absolute index, whether or
 are padding for a whole batch are run.
 
 Padding. Padded rows are no keys. A segment in which a sample has no real token leaves that sample's
-memory as it was, without its factor, and adds nothing to its read-out (`RMAAT.encode`); where shapes
-may differ from segment to segment it is not run for that sample (`SegmentRecurrent.recur`).
+memory as it was, without its factor, and adds nothing to its read-out (`RMAAT.encode`); where
+shapes may differ from segment to segment, it is not run for that sample (`SegmentRecurrent.recur`).
 
 Read-out. `pooling: mean` is the mean over all real tokens of all segments, without memory rows;
 `last` the mean over the real tokens of the last segment that holds one; `memory` the mean of the M
