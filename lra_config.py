@@ -8,7 +8,6 @@ line that names the key, the value and what is allowed.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -257,9 +256,10 @@ class Config(BaseModel):
     # Start of B, unpublished; local: a token per neuron, and W_Q so that rows read neighbours,
     # by a code of their place in the segment that is added to the tokens
     position_basis: Model[Literal["localised", "random", "local"]] = "localised"
-    # What rows read, the heads in turn: a neighbour so many tokens away, or all that lies before
     # Of those neighbours, in tokens; the heads take them in turn
     local_lags: Annotated[list[Lag], Field(max_length=1000)] = [-1, 1]
+    # Digits of that code; more of them leave the tokens more features
+    local_digits: Model[Annotated[int, Field(ge=2, le=8)]] = 2
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
 
     # attention_type: nystrom
@@ -441,11 +441,12 @@ class Config(BaseModel):
 
     def _check_local_start(self) -> None:
         m, S = self.num_hidden or self.dim // self.num_heads, self.segment_len
-        width = 2 * (math.isqrt(S - 1) + 1) + 1  # of `utils.digit_positions`
+        width = sum(self.place_digits) + 1
         if width >= self.dim:
             raise ValueError(
                 f"position_basis=local tells the {S} tokens of a segment apart in {width} features "
-                f"and leaves the tokens none of dim={self.dim}; raise dim or num_segments"
+                f"and leaves the tokens none of dim={self.dim}; raise dim, num_segments or "
+                "local_digits"
             )
         if self.position_embedding == "sinusoidal":
             raise ValueError(
@@ -464,6 +465,14 @@ class Config(BaseModel):
     def reads_neighbours(self) -> bool:
         """Whether the attention starts with rows that read the tokens at `local_lags`."""
         return self.attention_type == "astro" and self.position_basis == "local"
+
+    @property
+    def place_digits(self) -> list[int]:
+        """How many values each digit of a place in the segment takes, the lowest digit first."""
+        S, above, base = self.segment_len, self.local_digits - 1, 1
+        while base * base**above < S:
+            base += 1
+        return [base] * above + [-(-S // base**above)]
 
     @property
     def task(self) -> Task:

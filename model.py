@@ -442,11 +442,12 @@ class RMAAT(
         So the code reaches every layer, where `AstromorphicAttention` starts to read neighbours.
         """
         S, D = self.segment_len, self.config.dim
-        self.place_code = digit_positions(torch.arange(S), D, S)  # (S, D)
+        digits = self.config.place_digits
+        self.place_code = digit_positions(torch.arange(S), D, digits)  # (S, D)
         used = self.place_code.any(dim=0)
         self.token_embedding.weight.data[:, used] = 0
         # The memory reads as the last row does.
-        height = digit_height(D, int(used.sum()))
+        height = digit_height(D, digits)
         self.memory.data[:, used] = height * self.place_code[-1, used]
         if self.position_embedding == "learned":
             self.position_table.data[:, used] = 0

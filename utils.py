@@ -10,6 +10,7 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,37 +58,36 @@ def sinusoidal_segments(
     return waves, torch.stack([cos.repeat(1, 2), sin.repeat(1, 2)])
 
 
-def digit_positions(positions: Tensor, dim: int, period: int) -> Tensor:
-    """Position code of two one-hot digits and a constant, in the first features.
+def digit_positions(positions: Tensor, dim: int, digits: Sequence[int]) -> Tensor:
+    """Position code of one-hot digits and a constant, in the first features.
 
-    A position, modulo `period`, has two digits of base ceil(sqrt(period)). Two positions share the
-    constant and each digit that they agree in, so that a linear map with a threshold tells one
-    position from all others. Of the features in use, the constant is the last.
+    Two positions share the constant and each digit that they agree in, so that a linear map with a
+    threshold tells one position from all others. Of the features in use, the constant is the last.
 
     Args:
         positions: (S,) int64, in tokens.
-        dim: enough for both digits and the constant, at most 2 base + 1.
+        dim: enough for all digits and the constant.
+        digits: how many values each takes, the lowest digit first.
     Returns:
-        (S, dim) float32: three ones each.
+        (S, dim) float32: a one for every digit and one for the constant.
     Deviation: the paper leaves the position embedding open.
     """
-    base = math.isqrt(period - 1) + 1
-    wrapped = positions % period
-    high = -(-period // base)
-    features = torch.stack([
-        wrapped % base, base + wrapped // base, torch.full_like(wrapped, base + high)
-    ], dim=1)  # (S, 3)
-    return torch.zeros(len(positions), dim).scatter_(1, features, 1.0)
+    features, first, place = [], 0, 1
+    for size in digits:
+        features.append(first + positions // place % size)
+        first, place = first + size, place * size
+    features.append(torch.full_like(positions, first))
+    return torch.zeros(len(positions), dim).scatter_(1, torch.stack(features, dim=1), 1.0)
 
 
-def digit_height(dim: int, width: int) -> float:
+def digit_height(dim: int, digits: Sequence[int]) -> float:
     """What a layer norm makes of the ones of `digit_positions`, beside features of mean square 1.
 
     Args:
         dim: of the normalised vectors.
-        width: features of the code.
+        digits: how many values each takes.
     """
-    return math.sqrt(dim / (dim - width + 3))
+    return math.sqrt(dim / (dim - sum(digits) + len(digits)))
 
 
 def ordinal_embedding(levels: int, dim: int) -> Tensor:

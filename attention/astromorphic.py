@@ -103,30 +103,33 @@ class AstromorphicAttention(Attention):
                 basis = localised_basis(self.num_heads, self.num_hidden, M, S)
             elif config.position_basis == "local":
                 basis = local_basis(self.num_heads, M, S)
-                self._read_neighbours(config.local_lags, S)
+                self._read_neighbours(config.local_lags, config.place_digits, S)
             else:
                 basis = torch.randn(self.num_heads, self.num_hidden, M + S) / math.sqrt(M + S)
             self.position_basis = nn.Parameter(basis)  # B, (H, m, N)
 
     @torch.no_grad()
-    def _read_neighbours(self, lags: Sequence[int], segment_len: int) -> None:
+    def _read_neighbours(
+        self, lags: Sequence[int], digits: Sequence[int], segment_len: int
+    ) -> None:
         """Start W_Q so that row i reads the neuron of token i + lag, of one lag per head in turn.
 
         The digits of the position code tell rows apart, its constant is what thresholds are made
         of; values do not carry it. The first rows of a segment read its last ones.
         """
         S, D = segment_len, self.to_qkv.in_features
-        code = digit_positions(torch.arange(S), D, S)
-        width = int(code.any(dim=0).sum())
+        code = digit_positions(torch.arange(S), D, digits)
+        width = sum(digits) + 1
         constant = width - 1
-        height = digit_height(D, width)
+        height = digit_height(D, digits)
         queries, keys, values = self.to_qkv.weight.tensor_split(
             [self.num_heads * S, 2 * self.num_heads * S]
         )
         for head, rows in enumerate(queries.split(S)):
             lag = lags[head % len(lags)]
             rows.copy_(QUERY_GAIN / height * code.roll(lag, dims=0))
-            rows[:, constant] = -1.5 * QUERY_GAIN / height  # between two digits and one
+            # Between all digits and all but one.
+            rows[:, constant] = -(len(digits) - 0.5) * QUERY_GAIN / height
         keys[:, :width] = 0
         keys[:, constant] = KEY_SILENCE / height
         values[:, :width] = 0

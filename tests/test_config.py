@@ -94,6 +94,9 @@ def test_impossible_combinations_are_refused():
         tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=32, local_lags=[])
     with pytest.raises(ConfigError, match="in 17 features"):
         tiny_config(**local, max_seq_len=128, num_segments=2, num_hidden=64)
+    assert tiny_config(
+        **local, max_seq_len=128, num_segments=2, num_hidden=64, local_digits=3
+    ).place_digits == [4, 4, 4]
     with pytest.raises(ConfigError, match="batch_size=1"):
         tiny_config(readout_norm="batch", batch_size=1)
 

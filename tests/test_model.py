@@ -292,13 +292,13 @@ def test_each_start_changes_its_own_weights_alone(changed):
 LOCAL = {"position_basis": "local", "position_embedding": "none", "decay_scale": 4.0}
 
 
-@pytest.mark.parametrize("S", [16, 12], ids=lambda S: f"{S} tokens")
+@pytest.mark.parametrize(("S", "digits"), [(16, 2), (12, 2), (27, 3), (20, 3)])
 @pytest.mark.parametrize("lag", [-4, -1, 1, 3])
-def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag(lag, S):
+def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag(lag, S, digits):
     M = 2
     config = tiny_config(
         **LOCAL, dim=64, num_heads=1, num_hidden=S, max_seq_len=2 * S, num_segments=2,
-        num_memory_tokens=M, num_layers=1, local_lags=[lag],
+        num_memory_tokens=M, num_layers=1, local_lags=[lag], local_digits=digits,
     )
     model = build_model(config)
     attention = model.layers[0].attention
