@@ -2,10 +2,11 @@
 
     accuracy     test accuracy of every system on every task
     ablations    RMAAT with one thing changed
+    readouts     RMAAT with read-outs that need the memory
     memory       peak memory of a training step, measured by benchmark.py
     throughput   training tokens per second, measured by benchmark.py
 
-A cell of the first two is a run of `run_train.py` below `runs/reproduce/`; its summary, resolved
+A cell of the first three is a run of `run_train.py` below `runs/reproduce/`; its summary, resolved
 configuration, metrics and curves are kept in
 `results/reproduce/<table>/<budget>/<task>/<system>/seed<k>/`. What any folder below `results/`
 already holds is not run again, whatever its name: a run is recognised by its configuration. A run
@@ -43,7 +44,7 @@ from run.signals import caught_signals
 
 ROOT = Path(__file__).parent
 RESULTS, RUNS = Path("results"), Path("runs")
-TRAINED, MEASURED = ("accuracy", "ablations"), ("memory", "throughput")
+TRAINED, MEASURED = ("accuracy", "ablations", "readouts"), ("memory", "throughput")
 
 # Over the task's file and the system's; the same number of steps for all systems.
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -100,6 +101,28 @@ def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return rows
 
 
+def readouts(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """RMAAT with read-outs that hold what earlier segments said only if the memory carried it.
+
+    As `ablations`; the mean over all tokens, which needs no memory, is the row they compare with.
+    """
+    rows = {"rmaat": ("mean over all tokens", {})}
+    for pooling, what in {"last": "the last segment", "memory": "the memory tokens"}.items():
+        for M in (0, 1, 4, 16):
+            values = {"pooling": pooling, "num_memory_tokens": M}
+            name, label = f"{pooling}_{M}", f"{what}, {M} memory tokens"
+            if M or pooling == "last":
+                rows[name] = (label, values)
+            if M:
+                rows[f"{name}_no_retention"] = (
+                    f"{label}, without the retention factor", {**values, "astro_mem": False}
+                )
+    return rows
+
+
+VARIANTS = {"ablations": ablations, "readouts": readouts}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training run of a table."""
@@ -107,7 +130,7 @@ class Cell:
     table: str
     budget: str
     task: str
-    system: str  # or, in the ablations, the variant
+    system: str  # or the variant of RMAAT
     seed: int
 
     @property
@@ -122,8 +145,8 @@ class Cell:
     def overrides(self, machine: Mapping[str, str]) -> list[str]:
         """`key=value` over the task's file; `machine` holds `data_dir` and `device`, if given."""
         system, changes = self.system, {}
-        if self.table == "ablations":
-            system, changes = "rmaat", ablations(self.task)[self.system][1]
+        if self.table in VARIANTS:
+            system, changes = "rmaat", VARIANTS[self.table](self.task)[self.system][1]
         run_dir = RUNS / self.place
         values = {
             **read_mapping(ROOT / "configs" / "tables" / f"{system}.yaml"),
@@ -303,6 +326,7 @@ def measured_table(table: str, budget: str, device: str, tasks: Iterable[str]) -
 CAPTIONS = {
     "accuracy": "Test accuracy. The paper publishes neither model sizes nor numbers of steps.",
     "ablations": "Test accuracy of RMAAT with one thing changed.",
+    "readouts": "Test accuracy of RMAAT by what the head reads.",
     "memory": "Peak memory of a training step. Only ratios compare: the paper's model size, batch "
               "and device are not ours.",
     "throughput": "Training speed. Only ratios compare.",
@@ -337,8 +361,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("table", choices=[*TRAINED, *MEASURED])
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(published.TASKS)}")
     parser.add_argument(
-        "--systems", nargs="+", help="files of configs/tables/; of the ablations the variants; of "
-        "memory and throughput the systems of benchmark.py; default: all",
+        "--systems", nargs="+", help="files of configs/tables/; of ablations and readouts the "
+        "variants; of memory and throughput the systems of benchmark.py; default: all",
     )
     parser.add_argument("--budget", choices=list(BUDGETS), default="full")
     parser.add_argument("--seeds", default="0", help="as in 0,1,2; default: 0")
@@ -362,7 +386,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
             failed = run_benchmark(table, budget, device, systems, dry_run=arguments.dry_run)
         text = measured_table(table, budget, device, tasks)
     else:
-        names = published.SYSTEMS if table == "accuracy" else ablations(tasks[0])
+        names = VARIANTS[table](tasks[0]) if table in VARIANTS else published.SYSTEMS
         systems = chosen("--systems", arguments.systems, names)
         seeds = parse_seeds(arguments.seeds)
         cells = [
@@ -374,11 +398,13 @@ def reproduce(arguments: argparse.Namespace) -> int:
         if not arguments.tables_only:
             failed = run_cells(cells, machine, dry_run=arguments.dry_run)
         found = collect(cells)
-        if table == "accuracy":
-            text = accuracy_table(found)
-        else:
-            labels = {(t, name): label for t in tasks for name, (label, _) in ablations(t).items()}
+        if table in VARIANTS:
+            labels = {
+                (t, name): label for t in tasks for name, (label, _) in VARIANTS[table](t).items()
+            }
             text = ablation_table(found, labels)
+        else:
+            text = accuracy_table(found)
     if not arguments.dry_run:
         options = [word for word in sys.argv[1:] if word != "--tables_only"]
         command = shlex.join(["python", "reproduce.py", *options])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -67,6 +68,14 @@ def test_an_ablation_changes_one_thing(task):
             assert values(name)["max_seq_len"] // values(name)["num_segments"] == segment_len
         else:
             assert len(changed) <= allowed, name
+
+
+def test_the_read_outs_cross_tokens_and_factor():
+    rows = {name: reproduce.Cell("readouts", "full", "listops", name, 0).config()
+            for name in reproduce.readouts("listops")}
+    found = {(c.pooling, c.num_memory_tokens, c.astro_mem) for c in rows.values()}
+    crossed = itertools.product(("last", "memory"), (1, 4, 16), (True, False))
+    assert found == {("mean", 4, True), ("last", 0, True), *crossed} and len(rows) == len(found)
 
 
 def test_cells_are_trained_kept_and_not_trained_again(tmp_path, listops_dir):
