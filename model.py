@@ -269,6 +269,22 @@ def _for_present_samples(
     return run_present
 
 
+class PairHead(nn.Linear):
+    """The head of two documents encoded apart: a linear map of the match [u, v, u * v, u - v].
+
+    A norm of the read-outs u and v stands before it: what most documents share would drown the rest
+    of u * v.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__(4 * dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of the read-outs (2B, D), those of a pair one after the other."""
+        u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
+        return super().forward(torch.cat([u, v, u * v, u - v], dim=1))
+
+
 class RMAAT(
     SegmentRecurrent, PyTorchModelHubMixin, license="mit", paper_url="https://arxiv.org/abs/2601.00426"
 ):
@@ -327,11 +343,13 @@ class RMAAT(
         std = ATTENTION[config.attention_type].memory_std
         self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        head_dim = config.dim if self.num_sequences == 1 else 4 * config.dim
-        self.head = nn.Linear(head_dim, config.task.num_classes)
+        if self.num_sequences == 1:
+            self.head = nn.Linear(config.dim, config.task.num_classes)
+        else:
+            self.head = PairHead(config.dim, config.task.num_classes)
         if config.readout_norm == "batch":
             # The head's weights do its scale and shift.
-            norm = nn.BatchNorm1d(head_dim, momentum=READOUT_MOMENTUM, affine=False)
+            norm = nn.BatchNorm1d(config.dim, momentum=READOUT_MOMENTUM, affine=False)
             self.head = nn.Sequential(norm, self.head)
         # The starts of the embedding last, so that all other weights start as they do without.
         if config.token_embedding == "ordinal":
@@ -494,16 +512,8 @@ class RMAAT(
             mask: (B, L) bool of the sequence; None if every one of those segments is whole.
         Returns:
             (B, D): the mean over real tokens (`mean`), or the read-out of the last segment that
-            holds a real token (`last`, `memory`); zero for a sequence without a real token. With
-            `document_pair: separate`, from (2B, D) the match [u, v, u * v, u - v], (B, 4D).
+            holds a real token (`last`, `memory`); zero for a sequence without a real token.
         """
-        pooled = self._pool(readouts, mask)
-        if self.num_sequences == 1:
-            return pooled
-        u, v = pooled.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
-        return torch.cat([u, v, u * v, u - v], dim=1)
-
-    def _pool(self, readouts: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         stacked = torch.stack(list(readouts), dim=1)  # (B, T, D)
         if self.pooling == "mean":
             if mask is None:

@@ -359,8 +359,11 @@ def test_position_scale_starts_the_learned_positions_at_multiples_of_the_sinusoi
     torch.testing.assert_close(one, sinusoidal_positions(torch.arange(40), config.dim, one.dtype))
 
 
-def test_a_batch_normed_readout_hands_the_head_standardised_features():
-    model = build_model(tiny_config(readout_norm="batch"))
+@pytest.mark.parametrize("changes", [
+    {}, {"dataset": "aan", "document_pair": "separate", "max_seq_len": 40, "num_segments": 4},
+], ids=["single", "pairs"])  # of a pair each document, before the match
+def test_a_batch_normed_readout_hands_the_head_standardised_features(changes):
+    model = build_model(tiny_config(readout_norm="batch", **changes))
     seen = []
     model.head[1].register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))
     tokens = torch.cat([tiny_batch(model.config, seed=s).tokens for s in range(20)])
