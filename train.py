@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.packing import DataError, PackedSplit, Reader, digest, load_splits
@@ -64,6 +65,7 @@ __all__ = [
 
 
 TIMED_STEPS = 10  # from which a run's time is told
+SETTLING_BATCHES = 50  # that the statistics of a norm of the read-out are taken from
 LEAST_SCALE = 1e-3  # of float16: a model that still overflows there is sick
 
 
@@ -203,6 +205,27 @@ def evaluate(
     model.train(training)
     loss, correct, examples = processes.sum(totals).tolist()
     return Metrics(loss / examples, correct / examples, int(examples))
+
+
+@torch.no_grad()
+def settle_statistics(model: RMAAT, batches: Iterable[Batch]) -> None:
+    """Take the running statistics of `readout_norm: batch` anew, from the weights as they are.
+
+    While the learning rate is high a read-out's mean moves by more than its deviation in the time
+    that running statistics look back: evaluated with those, a model that has learned guesses.
+
+    Args:
+        batches: of the training split; every one counts the same.
+    """
+    model.eval()
+    for norm in (m for m in model.head.modules() if isinstance(m, nn.BatchNorm1d)):
+        momentum, norm.momentum = norm.momentum, None  # the mean over all batches
+        norm.reset_running_stats()
+        norm.train()
+        for batch in batches:
+            score(model, batch)
+        norm.momentum = momentum
+    model.train()
 
 
 class Trainer:
@@ -507,6 +530,8 @@ class Trainer:
             Whether it came to its end, before any signal.
         """
         progress = self.progress
+        if self.config.readout_norm == "batch":
+            settle_statistics(self.model, self._until_signal(self._last_batches(SETTLING_BATCHES)))
         metrics = self._evaluate("val")
         if metrics is None:
             return False
@@ -619,6 +644,14 @@ class Trainer:
             self.model, self._until_signal(batches), self.processes, slices, self.score
         )
         return None if self.processes.largest(len(self.signals)) else metrics
+
+    def _last_batches(self, count: int) -> Iterator[Batch]:
+        """One training batch of each of the last `count` steps."""
+        steps = training_batches(
+            self.splits["train"], self.config, self.device, max(self.progress.step - count, 0),
+            self.processes, whole_segments=self.model.fixed_shapes,
+        )
+        return (batches[0] for batches in itertools.islice(steps, count))
 
     def _until_signal(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         # Not until `max_minutes` are over: one that takes longer would never come to its end.

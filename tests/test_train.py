@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -13,13 +14,16 @@ from conftest import TINY, run_cli, start_process, tiny_batch, tiny_config, wait
 from safetensors.torch import load_file
 
 import train as train_module
+from data.packing import load_splits
+from dataloader import training_batches
 from lra_config import ConfigError, dump_config, load_config, make_config
-from model import build_model
+from lra_datasets import open_dataset
+from model import READOUT_MOMENTUM, build_model
 from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
 from run.processes import Processes
-from train import amrb_backward, evaluate, train
+from train import amrb_backward, evaluate, settle_statistics, train
 from training.optimizer import build_optimizer, learning_rate_factor
 from utils import seed_step
 
@@ -264,6 +268,30 @@ def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
     amrb_backward(twin, batch)
     for ours, expected in zip(trainer.model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours.grad, expected.grad)
+
+
+def test_a_batch_normed_readout_is_evaluated_by_the_weights_of_the_step(tmp_path, listops_dir):
+    """Not by what earlier weights made of earlier batches."""
+    config = tiny_config(
+        data_dir=str(listops_dir), output_dir=str(tmp_path), readout_norm="batch",
+        learning_rate=0.1, warmup_steps=0, lr_schedule="constant",
+    )
+    train(config)
+    model = build_model(config)
+    model.load_state_dict(checkpoint.load(config.run_dir / "last.pt")["model"])
+    norm, before = model.head[0], model.head[0].running_mean.clone()
+    seen, start = [], {name: p.clone() for name, p in model.named_parameters()}
+    norm.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))
+    batches = training_batches(
+        load_splits(open_dataset(config))["train"], config, torch.device("cpu")
+    )
+    settle_statistics(model, [next(batches)[0] for _ in range(config.max_steps)])
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
+    close(norm.running_mean, before)  # what the run had put there
+    close(norm.running_mean, torch.stack([x.mean(dim=0) for x in seen]).mean(dim=0))
+    close(norm.running_var, torch.stack([x.var(dim=0) for x in seen]).mean(dim=0))
+    assert norm.training and norm.momentum == READOUT_MOMENTUM
+    assert all(p.equal(start[name]) for name, p in model.named_parameters())
 
 
 def test_a_batch_normed_readout_is_refused_where_processes_share_a_step(tmp_path, monkeypatch):
