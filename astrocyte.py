@@ -24,12 +24,10 @@ In shapes, `pre` and `post` are the numbers of presynaptic and postsynaptic neur
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +35,10 @@ import torch
 from scipy.integrate import solve_ivp
 from scipy.special import expit
 from torch import Tensor
+
+from run.figures import new_figure, save_figure
+from run.program import Parser, run_program
+from run.terminal import print_result
 
 SAMPLES_PER_PHASE = 60  # a cycle has two phases: input on, then off
 TABLE_SEGMENTS = (2, 4, 8, 16)  # values of T shown by the command line
@@ -256,18 +258,16 @@ def plot(path: str, parameters: MacroModelParameters = DEFAULT) -> None:
 
     Raises:
         OSError: the file `path` cannot be written.
-        ValueError: its suffix names no image format.
+        PlotError: its suffix names no image format.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     trajectory = simulate(parameters)
     processes = (
         (trajectory.p_short, "Fast process, STP", r"mean $p^s_{ij}$", "tab:orange"),
         (trajectory.p_long, "Slow process, LTP", r"mean $p^l_{ij}$", "tab:blue"),
     )
-    # A Figure without pyplot needs no display: its suffix picks the backend, Agg for png.
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = new_figure(11, 3.2)
     axes = figure.subplots(1, 3)
     for axis, (process, title, label, color) in zip(axes, processes, strict=False):
         for cycle in range(parameters.num_cycles):
@@ -289,27 +289,23 @@ def plot(path: str, parameters: MacroModelParameters = DEFAULT) -> None:
     axes[2].set(title="Memory retention factor", xlabel="segment t", ylabel="factor")
     axes[2].set(ylim=(0, None), xticks=(1, *TABLE_SEGMENTS))
     axes[2].legend(frameon=False)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    # Without a format, matplotlib would add a suffix and write beside the path asked for.
-    figure.savefig(path, dpi=200, format=Path(path).suffix[1:] or "png")
+    save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print or plot the factors; return 0 when done, 2 when the file cannot be written."""
-    parser = argparse.ArgumentParser(description="Retention factors of the macro model.")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a figure, print no table")
-    path = parser.parse_args(arguments).plot
-    if path is None:
+    def command() -> None:
+        parser = Parser(prog="astrocyte.py", description="Retention factors of the macro model.")
+        parser.add_argument("--plot", metavar="FILE.png", help="draw a figure, print no table")
+        path = parser.parse_args(arguments).plot
+        if path is not None:
+            plot(path)
+            return
         for T in TABLE_SEGMENTS:
-            print(f"T = {T:2d} ", *(f"{factor:.4f}" for factor in retention_factors(T)))
-        return 0
-    try:
-        plot(path)
-    except (OSError, ValueError) as error:
-        print(f"cannot write the plot to {path!r}: {error}", file=sys.stderr)
-        return 2
-    return 0
+            factors = " ".join(f"{factor:.4f}" for factor in retention_factors(T))
+            print_result(f"T = {T:2d}  {factors}")
+
+    return run_program("astrocyte.py", command)
 
 
 if __name__ == "__main__":

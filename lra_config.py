@@ -19,20 +19,11 @@ import numpy as np
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from run.text import one_line, shown
+from run.files import opened
+from run.text import UserError, one_line, shown
 
 PADDING_ID = 0
 VOCABULARY_WORDS = 20_000  # of the word level
-
-
-class UserError(Exception):
-    """What a user can mend, told in one line: it ends a program in the place of a traceback."""
-
-    exit_status = 2
-    met_by_all = True  # of several processes each meets it alike: the first one tells
-
-    def __str__(self) -> str:
-        return one_line(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
@@ -617,7 +608,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable or holds no mapping.
     """
     try:
-        with open(path, encoding="utf-8") as handle:
+        with opened(path, "r") as handle:
             text = handle.read(MAX_YAML + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"

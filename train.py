@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -343,9 +343,7 @@ class Trainer:
             while not self.done:
                 interrupted = is_due = False
                 if not progress.validation_due:  # as a signal during a validation leaves it
-                    interrupted, is_due = self.train_step(
-                        interrupted=bool(self._leaving_status()), is_due=self._checkpoint_is_due()
-                    )
+                    interrupted, is_due = self.train_step(is_due=self._checkpoint_is_due())
                     progress.unlogged_seconds += self._lap()
                     bar.update()
                     self._tell_expected_time()
@@ -354,13 +352,12 @@ class Trainer:
                         bar.set_postfix(self.log_training())
                     progress.validation_due = step % config.eval_interval == 0 or last
 
-                step = progress.step
                 if progress.validation_due and not interrupted:
                     interrupted = not self.validate()
-                if is_due or self.done or interrupted:
+                if interrupted:
+                    self._leave()
+                if is_due or self.done:
                     self.save()
-                if interrupted:  # they all leave, for one reason, once the checkpoint is whole
-                    raise Interrupted(self.processes.largest(self._leaving_status()), step)
             summary = self.finish()
             if summary is None:
                 raise Interrupted(self.processes.largest(self._leaving_status()), progress.step)
@@ -400,6 +397,11 @@ class Trainer:
             return 128 + self.signals[0]
         return OUT_OF_TIME if time.monotonic() >= self.stop_at else 0
 
+    def _leave(self) -> NoReturn:
+        """Save a checkpoint and go, all processes for one reason, once it is whole."""
+        self.save()
+        raise Interrupted(self.processes.largest(self._leaving_status()), self.progress.step)
+
     def _checkpoint_is_due(self) -> bool:
         """After the step that comes next."""
         interval = self.config.checkpoint_interval
@@ -407,15 +409,16 @@ class Trainer:
             return (self.progress.step + 1) % interval == 0
         return time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds
 
-    def train_step(self, *, interrupted: bool = False, is_due: bool = False) -> tuple[bool, bool]:
+    def train_step(self, *, is_due: bool = False) -> tuple[bool, bool]:
         """One optimizer step over the upcoming batches.
 
         Args:
-            interrupted: this process is to leave.
             is_due: a checkpoint should follow, by this process's clock.
         Returns:
-            Whether any is to leave, and whether any wants a checkpoint.
+            Whether any process is to leave, and whether any wants a checkpoint.
         Raises:
+            Interrupted: a signal came before the last batch. Nothing of the step stays: the
+                resumed run makes it.
             NonFiniteError: the loss or the gradient is not finite, and `on_nonfinite` is stop.
         """
         config, progress, batches = self.config, self.progress, self.upcoming
@@ -427,17 +430,29 @@ class Trainer:
         scale = 1 / len(batches)
         if self.scaler.is_enabled():
             scale = self.scaler.scale(torch.full((), scale, device=self.device))
-        results = [self.backward(self.model, batch, scale) for batch in batches]
+        statistics = [buffer.clone() for buffer in self.model.head.buffers()]
+        results: list[StepResult] = []
+        for batch in batches:
+            results.append(self.backward(self.model, batch, scale))
+            if self.signals:
+                break
+        unfinished = len(results) < len(batches)
+        interrupted = bool(self._leaving_status())
         self.upcoming = next(self.steps)  # gathered while a CUDA device is still busy
 
         loss = torch.stack([result.loss for result in results]).mean()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        flags = [torch.full_like(loss, flag) for flag in (interrupted, is_due)]
+        flags = [torch.full_like(loss, flag) for flag in (unfinished, interrupted, is_due)]
         loss, *flags = self.processes.average_gradients(parameters, torch.stack([loss, *flags]))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         # The one wait for the device in a step: weights are not touched by a sick one.
         loss, norm, *flags = torch.stack([loss, norm.to(loss), *flags]).tolist()
+        unfinished, interrupted, is_due = (flag > 0 for flag in flags)  # of any process
+        if unfinished:
+            for buffer, before in zip(self.model.head.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+            self._leave()
         self.gradient_norm = norm
         # The overflows of float16 are the scaler's: it leaves their steps out and scales less.
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
@@ -447,7 +462,7 @@ class Trainer:
             self._report_nonfinite(learning_rate, loss, norm)
         self.scaler.update()
         progress.step += 1
-        return flags[0] > 0, flags[1] > 0
+        return interrupted, is_due
 
     def _count(self, batches: Sequence[Batch], results: Sequence[StepResult]) -> None:
         """Add a step to the sums of the log."""

@@ -1,7 +1,7 @@
 """Where each data set's official files lie, how many there should be, and what is there.
 
 The readers take the places from here; `get_lra_data.sh` asks this file as a program, with any
-Python 3, so it needs the standard library alone:
+Python 3, so it needs the standard library and what of `run/` needs no more:
 
     inspection.py table ROOT NAME...          a row each; status 1 unless all are usable
     inspection.py state ROOT NAME             `state source what is there`, in one line
@@ -117,10 +117,11 @@ def inspect(name: str, root: str | Path) -> Finding:
 
 def generation_record(folder: Path) -> dict[str, Any] | None:
     """GENERATED.json of a folder; None if its files were not generated, {} if it is damaged."""
-    try:
-        record = json.loads(first_bytes(folder / "GENERATED.json", 1 << 20))
-    except FileNotFoundError:
+    path = folder / "GENERATED.json"
+    if not path.is_file():
         return None
+    try:
+        record = json.loads(first_bytes(path, 1 << 20))
     except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -130,7 +131,8 @@ def expected_numbers(layout: Layout) -> list[int]:
     words = os.environ.get(layout.variable, "").split()
     if not all(word.isdigit() for word in words) or len(words) not in (0, len(layout.expected)):
         raise ValueError(
-            f"{layout.variable}={' '.join(words)} is not {len(layout.expected)} whole numbers"
+            f"{layout.variable}={' '.join(words)} is not {len(layout.expected)} whole numbers; "
+            "unset it"
         )
     return [int(word) for word in words] or list(layout.expected)
 
@@ -271,6 +273,8 @@ def is_whole(archive: str, checksum: str) -> bool:
     Raises:
         ValueError: the checksum is of neither length.
     """
+    if not os.path.isfile(archive):  # a pipe would make us wait for ever
+        return False
     if not checksum:
         try:
             for _ in blocks(archive, gzip.open):
@@ -313,12 +317,18 @@ COMMANDS: dict[str, Callable[..., bool]] = {
 
 def main() -> int:
     """Exit status: 0 yes, 1 no, 2 with one line where nothing can be said."""
-    command, *arguments = sys.argv[1:]
-    try:
-        return 0 if COMMANDS[command](*arguments) else 1
-    except (OSError, ValueError) as error:
-        print(f"get_lra_data.sh: {error}", file=sys.stderr)
-        return 2
+    sys.path[0] = str(Path(__file__).parents[1])  # a program finds what lies beside it, in data/
+    from run.program import run_program
+    from run.text import UserError
+
+    def command() -> int:
+        name, *arguments = sys.argv[1:]
+        try:
+            return 0 if COMMANDS[name](*arguments) else 1
+        except ValueError as error:
+            raise UserError(error) from None
+
+    return run_program("get_lra_data.sh", command)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 from tqdm import tqdm
 
-from lra_config import PADDING_ID, Config, UserError
-from run.files import read_json, write_json
+from lra_config import PADDING_ID, Config
+from run.files import opened, read_json, write_json
 from run.folders import whole_folder
 from run.locks import locked, remove_stale
-from run.text import one_line
+from run.text import UserError, one_line
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
@@ -242,6 +242,7 @@ def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
 
 def _mapped(path: Path, dtype: type, dimensions: int) -> np.ndarray:
     """An array in its file: one that claims more than the file holds is refused, not allocated."""
+    opened(path).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         array = np.lib.format.open_memmap(path, mode="r")

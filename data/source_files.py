@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data.packing import DataError
+from run.files import opened
 from run.text import one_line
 
 # Far more than the official files hold, in bytes.
@@ -42,11 +42,9 @@ def contents(path: Path, limit: int) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, or larger than `limit` bytes.
+        ValueError: it is larger than `limit` bytes.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait for ever
-        raise ValueError("not a file")
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         content = handle.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"has more than {limit:,} bytes")
@@ -60,7 +58,7 @@ def rows(path: Path) -> Iterator[tuple[str, bytes]]:
         DataError: a row is longer than `MAX_ROW`.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         number = 0
         while row := handle.readline(MAX_ROW + 1):
             number += 1

@@ -28,10 +28,10 @@ from pydantic import (
 )
 from torch import Tensor
 
-from lra_config import VOCABULARY_WORDS, Config, UserError, make_config
-from run.files import atomic_write, complaint, read_json, write_json
+from lra_config import VOCABULARY_WORDS, Config, make_config
+from run.files import atomic_write, complaint, opened, read_json, write_json
 from run.model_card import model_card
-from run.text import one_line, shown
+from run.text import UserError, one_line, shown
 
 # What the pickle of a checkpoint may name: the plainest of what torch allows.
 ADMITTED = {
@@ -129,7 +129,7 @@ def load(path: Path) -> dict[str, Any]:
 def _exported(path: Path) -> dict[str, Any]:
     config_path = path.with_name("config.json")
     with _told_as_unreadable(path):
-        _refuse_devices(path)
+        opened(path).close()
         weights = safetensors.torch.load_file(path)
     if not config_path.exists():
         raise CheckpointError(
@@ -158,17 +158,10 @@ def _told_as_unreadable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _refuse_devices(path: Path) -> None:
-    """Raise ValueError for what is there and no file: some devices have no end."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
-
-
 def _look_through(path: Path) -> None:
     """Raise ValueError if the file is no archive of stored records with a harmless pickle."""
-    _refuse_devices(path)
     size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
+    with opened(path) as handle, zipfile.ZipFile(handle) as archive:
         records = archive.infolist()
         names = [record.filename for record in records]
         if len(set(names)) < len(names) or any(r.compress_type for r in records):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from lra_config import UserError
-from run.text import shown
+from run.text import UserError, shown
 
 REQUIRED = ("RANK", "LOCAL_RANK", "MASTER_PORT")
 

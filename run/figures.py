@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra_config import UserError
 from run.files import atomic_write
 from run.log import read_metrics
+from run.text import UserError
 
 # Half a second, for pictures alone.
 if TYPE_CHECKING:

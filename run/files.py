@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +28,22 @@ def named_os_errors(path: str | Path) -> Iterator[None]:
         if error.errno is not None:  # else it is no system's: with a name it would lose its words
             error.filename = error.filename or str(path)
         raise
+
+
+def opened(path: str | Path, mode: str = "rb") -> IO:
+    """Open a file to read it, and nothing else: a pipe could be waited for without end.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device.
+    """
+    handle = open(
+        path, mode, encoding=None if "b" in mode else "utf-8",
+        opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK),  # no effect on files
+    )
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
+    return handle
 
 
 @contextlib.contextmanager
@@ -64,7 +82,7 @@ def read_json(path: str | Path, schema: TypeAdapter) -> Any:
         OSError: it cannot be read.
         ValueError: it is not JSON, or not what the schema asks for; in one line.
     """
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         text = handle.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
         raise ValueError(f"has more than {MAX_JSON:,} bytes")

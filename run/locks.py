@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from lra_config import UserError
 from run.files import remove
 from run.terminal import log_line
+from run.text import UserError
 
 # What a file system without locks answers.
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}

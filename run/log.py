@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lra_config import LARGEST, Config, UserError
-from run.files import atomic_write, named_os_errors, parse_json
+from lra_config import LARGEST, Config
+from run.files import atomic_write, named_os_errors, opened, parse_json
 from run.terminal import log_line
+from run.text import UserError
 from utils import first_line
 
 MAX_LINE = 64 * 1024  # bytes of a row
@@ -114,7 +115,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / "metrics.jsonl"
     rows = []
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         for number in itertools.count(1):
             line = handle.readline(MAX_LINE)
             if not line:

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lra_config import UserError
 from run.environment import launched_processes
-from run.text import one_line
+from run.text import UserError, one_line
 
 Result = TypeVar("Result")
 

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lra_config import UserError
 from run.signals import Terminated
 from run.terminal import is_first_process, open_standard_streams
-from run.text import one_line
+from run.text import UserError, one_line
 
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),

@@ -38,7 +38,7 @@ OUT_OF_TIME = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 
 
 class Interrupted(UserError):
-    """SIGINT or SIGTERM arrived, or time is up; the step was finished and a checkpoint saved."""
+    """SIGINT or SIGTERM arrived, or time is up; a checkpoint is saved."""
 
     def __init__(self, exit_status: int, step: int) -> None:
         """Of a signal the exit status is 128 + its number, of `max_minutes` `OUT_OF_TIME`."""

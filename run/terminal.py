@@ -6,11 +6,8 @@ import contextlib
 import os
 import sys
 
-from tqdm import tqdm
-
-from lra_config import UserError
 from run.environment import launched_processes
-from run.text import printable
+from run.text import UserError, printable
 
 
 class OutputLost(UserError):
@@ -36,6 +33,8 @@ def log_line(text: str) -> None:
     """
     if not is_first_process():
         return
+    from tqdm import tqdm  # here: the rest of this file does without packages, as its users do
+
     try:
         tqdm.write("\n".join(map(printable, text.splitlines())))
         sys.stdout.flush()

@@ -54,3 +54,13 @@ class _BoundedRepr(reprlib.Repr):
 
 
 _REPR = _BoundedRepr()
+
+
+class UserError(Exception):
+    """What a user can mend, told in one line: it ends a program in the place of a traceback."""
+
+    exit_status = 2
+    met_by_all = True  # of several processes each meets it alike: the first one tells
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())

@@ -368,6 +368,30 @@ def test_the_inspection_needs_no_package(tmp_path: Path) -> None:
         assert answer.stdout.startswith(f"{state} downloaded "), answer.stderr
 
 
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("state", "imdb"), r"IMDB_FILES=\x1b[2J is not 1 whole numbers"),
+    (("archive", "\x1b[2J\n"), r"checksum \x1b[2J is neither"),
+], ids=["state", "archive"])
+def test_the_inspection_tells_what_is_wrong_in_one_line(tmp_path, arguments, words) -> None:
+    write_files(tmp_path, imdb_files())
+    write_files(tmp_path, {"archive": b""})
+    command, last = arguments
+    path = tmp_path / "archive" if command == "archive" else tmp_path
+    answer = subprocess.run(
+        [sys.executable, "-S", SCRIPT.parent / "data" / "inspection.py", command, path, last],
+        capture_output=True, text=True, env={"IMDB_FILES": "\x1b[2J"},
+    )
+    (line,) = answer.stderr.splitlines()
+    assert answer.returncode == 2 and line.startswith(f"get_lra_data.sh: {words}"), answer
+
+
+def test_an_archive_that_is_a_pipe_is_not_waited_for(shell: Shell) -> None:
+    shell.data.mkdir()
+    os.mkfifo(shell.data / "cifar-10-python.tar.gz")
+    result = shell("cifar10")
+    assert result.returncode == 1 and "is damaged" in result.stderr
+
+
 def test_expectations_that_are_no_numbers(shell: Shell) -> None:
     write_files(shell.data, imdb_files())
     shell.environment["IMDB_FILES"] = "many"

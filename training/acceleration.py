@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dataloader import Batch
-from lra_config import Config, ConfigError, UserError
+from lra_config import Config, ConfigError
 from model import RMAAT, autocast_dtype
 from run.environment import launched_processes
 from run.terminal import log_line
+from run.text import UserError
 from utils import first_line
 
 Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepResult`

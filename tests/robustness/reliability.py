@@ -3,9 +3,9 @@
     python tests/robustness/reliability.py                       everything: hours on one core
     python tests/robustness/reliability.py --parts kills --kills 100
 
-The parts: `cases`, the tables of hostile input; `search`, damaged input with the given seeds;
-`kills` and `signals`, at random moments of runs that are resumed. A part that is not run keeps the
-figures it has.
+The parts: `cases`, the tables of hostile input; `search`, damaged input, seed after seed; `kills`
+and `signals`, at random moments of runs that are resumed. A part, or a seed, that is not run keeps
+the figures it has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -55,17 +54,15 @@ def try_cases() -> dict[str, dict[str, int]]:
     return {file: {"tried": tried[file], "held": held[file]} for file in sorted(tried)}
 
 
-def search_inputs(seeds: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Tried and held inputs of every search; one that finds something holds none of a seed's."""
-    tried, held = Counter(), Counter()
-    for seed in seeds:
-        for file, name, passed in tests("-m", "fuzz", f"--hypothesis-seed={seed}"):
-            inputs = int(re.search(r"\d{4,}", name)[0])
-            search = re.sub(r"[\[-]?\d{4,}|[\[\]]", " ", name.removeprefix("test_"))
-            key = f"{file}: {' '.join(search.replace('_', ' ').split())}"
-            tried[key] += inputs
-            held[key] += inputs * passed
-    return {key: {"tried": tried[key], "held": held[key]} for key in sorted(tried)}
+def search_inputs(seed: int) -> dict[str, dict[str, int]]:
+    """Tried and held inputs of every search; one that finds something holds none."""
+    result = {}
+    for file, name, passed in tests("-m", "fuzz", f"--hypothesis-seed={seed}"):
+        inputs = int(re.search(r"\d{4,}", name)[0])
+        search = re.sub(r"[\[-]?\d{4,}|[\[\]]", " ", name.removeprefix("test_"))
+        key = f"{file}: {' '.join(search.replace('_', ' ').split())}"
+        result[key] = {"tried": inputs, "held": inputs * passed}
+    return dict(sorted(result.items()))
 
 
 def run_campaign(kind: str, count: int) -> dict:
@@ -78,20 +75,23 @@ def run_campaign(kind: str, count: int) -> dict:
         return campaign(Path(folder), count)
 
 
-def record(part: str, result: dict, seeds: Sequence[int]) -> None:
+def record(part: str, result: dict) -> None:
     """Put a part's figures beside those of the others, and write the page anew."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--", ".", ":!results"):
+        commit += ", changed"
     machine = f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
-    if part == "search":
-        machine += f", seeds {', '.join(map(str, seeds))}"
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "reliability.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
     figures[part] = {"commit": commit, "machine": machine, "result": result}
     path.write_text(json.dumps(figures, indent=2) + "\n")
     (FOLDER / "README.md").write_text(page(figures))
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def page(figures: dict) -> str:
@@ -101,17 +101,22 @@ def page(figures: dict) -> str:
         "What was tried, and what held as [docs/reliability.md](../../docs/reliability.md)",
         "promises. Written by `python tests/robustness/reliability.py`.", "",
     ]
-    for part, title in (
+    for kind, title in (
         ("cases", "Cases of hostile input, faults and environments"),
         ("search", "Search by damaged input"),
     ):
-        if part in figures:
-            lines += [f"## {title}", "", _origin(figures[part]), ""]
-            lines += ["| | tried | held |", "|---|---:|---:|"]
-            rows = figures[part]["result"]
-            lines += [f"| {name} | {r['tried']:,} | {r['held']:,} |" for name, r in rows.items()]
-            tried, held = (sum(r[key] for r in rows.values()) for key in ("tried", "held"))
-            lines += [f"| together | {tried:,} | {held:,} |", ""]
+        parts = sorted(part for part in figures if part.startswith(kind))
+        tried, held = Counter(), Counter()
+        for part in parts:
+            for name, row in figures[part]["result"].items():
+                tried[name] += row["tried"]
+                held[name] += row["held"]
+        if parts:
+            lines += [f"## {title}", ""]
+            lines += [f"- {part}: {_origin(figures[part])}" for part in parts]
+            lines += ["", "| | tried | held |", "|---|---:|---:|"]
+            lines += [f"| {name} | {tried[name]:,} | {held[name]:,} |" for name in tried]
+            lines += [f"| together | {tried.total():,} | {held.total():,} |", ""]
     for part, name in (("kills", "SIGKILL"), ("signals", "SIGTERM")):
         if part in figures:
             result = figures[part]["result"]
@@ -140,12 +145,12 @@ def main() -> int:
     options = parser.parse_args()
     for part in options.parts:
         if part == "cases":
-            result = try_cases()
+            record(part, try_cases())
         elif part == "search":
-            result = search_inputs(options.seeds)
+            for seed in options.seeds:
+                record(f"search with seed {seed}", search_inputs(seed))
         else:
-            result = run_campaign(part, getattr(options, part))
-        record(part, result, options.seeds)
+            record(part, run_campaign(part, getattr(options, part)))
     return 0
 
 

@@ -79,6 +79,11 @@ def claim(shape: str):
     return apply
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 CHANGES = {
     "fewer labels": ("labels.npy", array(lambda a: a[:-1]), "labels"),
     "no labels": ("labels.npy", array(lambda a: a[:0]), ""),
@@ -104,6 +109,8 @@ CHANGES = {
     "tokens that claim more": ("tokens.npy", claim("(99999999,)"), ""),
     "a text": ("tokens.npy", written(b"hello"), ""),
     "nothing": ("tokens.npy", written(b""), ""),
+    "tokens from a pipe": ("tokens.npy", pipe, "a pipe or a device"),
+    "info from a pipe": ("info.json", pipe, "a pipe or a device"),
     "no tokens": ("tokens.npy", Path.unlink, "No such file"),
     "info without a key": ("info.json", written(b"{}"), ""),
     "info of another type": ("info.json", written(b'{"skipped": "1"}'), ""),

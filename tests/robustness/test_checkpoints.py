@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_refused, refusal, run_cli, run_script, tiny_config
+from safetensors.torch import save_file
 
 from data.packing import DataError
 from model import build_model
@@ -99,6 +101,18 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, capsys, content, words)
 def test_what_is_no_file_is_no_checkpoint(path):
     for suffix in ("", "/x.safetensors"):
         assert refusal(checkpoint.read, Path(path + suffix)).startswith(path)
+
+
+@pytest.mark.parametrize(("path", "pipe"), [
+    ("last.pt", "last.pt"), ("model.safetensors", "model.safetensors"),
+    ("model.safetensors", "config.json"),
+])
+def test_a_pipe_is_not_waited_for(tmp_path, path, pipe):
+    save_file({"memory": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / pipe).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / pipe)
+    line = refusal(checkpoint.read, tmp_path / path)
+    assert line.startswith(str(tmp_path / pipe)) and "is a pipe or a device" in line
 
 
 def test_a_tensor_larger_than_the_file_is_refused_before_it_is_there(tmp_path, cut):
@@ -330,6 +344,14 @@ def test_a_last_line_cut_short_is_left_out(run):
     rows = read_metrics(run)
     path.write_bytes(path.read_bytes()[:-5])
     assert read_metrics(run) == rows[:-1]
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(run):
+    path = run / "metrics.jsonl"
+    path.unlink()
+    os.mkfifo(path)
+    result = run_script("plots.py", run, "--out", "picture.png", cwd=run)
+    assert_refused(result, f"{path}: is a pipe or a device")
 
 
 @pytest.mark.parametrize("what", ["curves", "segments", "retention"])

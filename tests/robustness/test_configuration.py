@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,18 @@ def test_wrong_arguments_are_one_line(tmp_path, arguments, words):
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "/proc/self/mem"])
 def test_what_is_no_file_is_no_configuration(path):
     assert refusal(load_config, path).startswith(path)
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    """It could be waited for without end, and the runs of a sweep read theirs again."""
+    os.mkfifo(tmp_path / "config.yaml")
+    reader, writer = os.pipe()  # as `--config <(...)` hands over
+    os.write(writer, b"dataset: listops\n")
+    for path in ("config.yaml", f"/dev/fd/{reader}"):
+        result = run_cli("--config", path, cwd=tmp_path)
+        assert_refused(result, f"{path}: is a pipe or a device", "name a YAML file")
+    os.close(reader)
+    os.close(writer)
 
 
 def test_the_slowest_of_the_largest_configurations_is_refused(tmp_path):

@@ -128,6 +128,31 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_signal_between_two_batches_of_a_step_leaves_nothing_of_it(
+    tmp_path, listops_dir, monkeypatch, step
+):
+    changes = {"accumulate": 3, "readout_norm": "batch"}  # statistics that each batch changes
+    backward, calls = train_module.amrb_backward, []
+
+    def struck(model, batch, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3 * step + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return backward(model, batch, *arguments, **options)
+
+    train(config_of(tmp_path, listops_dir, "whole", **changes))
+    config = config_of(tmp_path, listops_dir, "cut", **changes)
+    monkeypatch.setattr(train_module, "amrb_backward", struck)
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}"):
+        train(config)
+    assert len(calls) == 3 * step + 2
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "cut/last.pt")["progress"]["step"] == step
+    train(config, resume=True)
+    assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path, listops_dir, monkeypatch):
     config = config_of(tmp_path, listops_dir, "run")
     train(config_of(tmp_path, listops_dir, "whole"))
