@@ -11,6 +11,7 @@ the figures it has.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -18,51 +19,67 @@ import re
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FOLDER = ROOT / "results" / "reliability"
+FIGURES = FOLDER / "reliability.json"
 PARTS = ("cases", "search", "kills", "signals")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def tests(*arguments: str) -> list[tuple[str, str, bool]]:
-    """Run pytest over this folder; file, name and whether it passed, of each test."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        subprocess.run(
-            [sys.executable, "-m", "pytest", str(HERE), "-q", f"--junitxml={report}", *arguments],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-        )
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        return [
-            (case.get("classname").rpartition(".")[2].removeprefix("test_"), case.get("name"),
-             case.find("failure") is None and case.find("error") is None)
-            for case in cases
-        ]
+class Listener:
+    """Hands over what becomes of each test, as soon as it is known: its name, whether it held."""
+
+    def __init__(self, tell: Callable[[str, bool], object]) -> None:
+        self.tell = tell
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            self.tell(report.nodeid, report.passed)
 
 
-def try_cases() -> dict[str, dict[str, int]]:
+def run_tests(tell: Callable[[str, bool], object], *arguments: str) -> None:
+    """Run pytest over this folder."""
+    pytest.main([str(HERE), "-q", *arguments], plugins=[Listener(tell)])
+
+
+def try_cases() -> None:
     """Tried and held cases of every file."""
-    tried, held = Counter(), Counter()
-    for file, _, passed in tests():
-        tried[file] += 1
-        held[file] += passed
-    return {file: {"tried": tried[file], "held": held[file]} for file in sorted(tried)}
+    result: dict[str, bool] = {}
+    run_tests(result.__setitem__)
+    figures: dict[str, dict[str, int]] = {}
+    for name, held in sorted(result.items()):
+        row = figures.setdefault(Path(name.partition("::")[0]).stem, {"tried": 0, "held": 0})
+        row["tried"] += 1
+        row["held"] += held
+    record("cases", figures)
 
 
-def search_inputs(seed: int) -> dict[str, dict[str, int]]:
-    """Tried and held inputs of every search; one that finds something holds none."""
-    result = {}
-    for file, name, passed in tests("-m", "fuzz", f"--hypothesis-seed={seed}"):
+def search(seed: int) -> None:
+    """Every search's inputs, but those that have held at this commit already.
+
+    One that finds something holds none. Each is recorded at once: hours can be cut short.
+    """
+    part = f"search with seed {seed}"
+    before = figures_so_far().get(part)
+    same = before is not None and before["commit"] == commit()
+    held = {name: row for name, row in before["result"].items() if row["held"]} if same else {}
+    result = dict(held)
+
+    def tell(name: str, passed: bool) -> None:
         inputs = int(re.search(r"\d{4,}", name)[0])
-        search = re.sub(r"[\[-]?\d{4,}|[\[\]]", " ", name.removeprefix("test_"))
-        key = f"{file}: {' '.join(search.replace('_', ' ').split())}"
-        result[key] = {"tried": inputs, "held": inputs * passed}
-    return dict(sorted(result.items()))
+        result[name] = {"tried": inputs, "held": inputs * passed}
+        record(part, result)
+
+    run_tests(
+        tell, "-m", "fuzz", f"--hypothesis-seed={seed}", *(f"--deselect={name}" for name in held)
+    )
 
 
 def run_campaign(kind: str, count: int) -> dict:
@@ -77,21 +94,31 @@ def run_campaign(kind: str, count: int) -> dict:
 
 def record(part: str, result: dict) -> None:
     """Put a part's figures beside those of the others, and write the page anew."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    if _git("status", "--porcelain", "--", ".", ":!results"):
-        commit += ", changed"
+    from run.files import write_json
+
     machine = f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / "reliability.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
-    figures[part] = {"commit": commit, "machine": machine, "result": result}
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {
+        **figures_so_far(), part: {"commit": commit(), "machine": machine, "result": result}
+    }
+    write_json(FIGURES, figures)
     (FOLDER / "README.md").write_text(page(figures))
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def figures_so_far() -> dict:
+    return json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+
+
+def commit() -> str:
+    """The commit that is tried, and its changes where there are some."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+
+    changes = git("diff", "HEAD", "--", ".", ":!results")
+    digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
+    return git("rev-parse", "--short", "HEAD").strip() + f", changed ({digest})" * bool(changes)
 
 
 def page(figures: dict) -> str:
@@ -109,18 +136,18 @@ def page(figures: dict) -> str:
         tried, held = Counter(), Counter()
         for part in parts:
             for name, row in figures[part]["result"].items():
-                tried[name] += row["tried"]
-                held[name] += row["held"]
+                tried[_plain(name)] += row["tried"]
+                held[_plain(name)] += row["held"]
         if parts:
             lines += [f"## {title}", ""]
-            lines += [f"- {part}: {_origin(figures[part])}" for part in parts]
-            lines += ["", "| | tried | held |", "|---|---:|---:|"]
-            lines += [f"| {name} | {tried[name]:,} | {held[name]:,} |" for name in tried]
+            lines += [f"{part.capitalize()}, at {_origin(figures[part])}\n" for part in parts]
+            lines += ["| | tried | held |", "|---|---:|---:|"]
+            lines += [f"| {name} | {tried[name]:,} | {held[name]:,} |" for name in sorted(tried)]
             lines += [f"| together | {tried.total():,} | {held.total():,} |", ""]
     for part, name in (("kills", "SIGKILL"), ("signals", "SIGTERM")):
         if part in figures:
             result = figures[part]["result"]
-            lines += [f"## {name} at random moments", "", _origin(figures[part]), ""]
+            lines += [f"## {name} at random moments", "", f"At {_origin(figures[part])}", ""]
             lines += ["| moment | struck |", "|---|---:|"]
             lines += [f"| {moment} | {count} |" for moment, count in result["moments"].items()]
             lines += ["", f"{result['tried']} tried, {result['held']} held."]
@@ -130,8 +157,15 @@ def page(figures: dict) -> str:
     return "\n".join(lines)
 
 
+def _plain(name: str) -> str:
+    """A test's name in words: `test_file.py::test_a_case[20000-of]` is `file: a case of`."""
+    file, _, case = Path(name).name.partition("::")
+    words = re.sub(r"\d{4,}|\W|_", " ", case.removeprefix("test_")).split()
+    return Path(file).stem.removeprefix("test_") + f": {' '.join(words)}" * bool(words)
+
+
 def _origin(part: dict) -> str:
-    return f"Commit {part['commit']}, {part['machine']}."
+    return f"commit {part['commit']}, {part['machine']}."
 
 
 def main() -> int:
@@ -145,10 +179,10 @@ def main() -> int:
     options = parser.parse_args()
     for part in options.parts:
         if part == "cases":
-            record(part, try_cases())
+            try_cases()
         elif part == "search":
             for seed in options.seeds:
-                record(f"search with seed {seed}", search_inputs(seed))
+                search(seed)
         else:
             record(part, run_campaign(part, getattr(options, part)))
     return 0
