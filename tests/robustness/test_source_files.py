@@ -155,7 +155,7 @@ ROWS = {
         "NUL in a name": (b"imgs/1 sam\x00ple_0.png 0 1 x", "row 21"),
         "another folder": (b"../../../../imgs sample_0.png 0 1 x", "lies outside"),
         "from the root": (b"/etc passwd 0 1 x", "lies outside"),
-        "a folder": (b"imgs 1 0 1 x", "not a file"),
+        "a folder": (b"imgs 1 0 1 x", "Is a directory"),
         "a label of 4,301 digits": (b"imgs/1 sample_0.png 0 " + b"9" * 4301, "row 21: label"),
         "a name of a megabyte": (b"imgs/1 " + b"x" * 10**6 + b" 0 1 x", "too long"),
         "escape codes": (b"imgs/1 \x1b[31m.png 0 1 x", r"\x1b[31m"),
