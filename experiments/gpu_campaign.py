@@ -106,7 +106,7 @@ def jobs(device: str, out: Path, *, smoke: bool) -> Iterator[Job]:
     """All rows, the most telling first."""
     python = sys.executable
     yield Job("machine", "machine", 60, command=[python, "-m", __spec__.name, "--machine", device])
-    pytest = [python, "-m", "pytest", "-q", "-m", "gpu"]
+    pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
     yield Job(
         "tests", "pytest -m gpu", 200, command=[*pytest, "--collect-only"] if smoke else pytest
     )

@@ -41,6 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No processes beside this one for what is chosen from the default suite, by path, `-k` or `-m`:
+    it is over before they have loaded torch, or measures what they would disturb."""
+    chosen = (
+        config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+        or config.option.keyword
+        or config.option.markexpr not in config.getini("addopts")
+    )
+    return 0 if chosen else None
+
+
 def tiny_config(**changes) -> Config:
     return make_config({**TINY, **changes})
 

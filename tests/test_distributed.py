@@ -44,31 +44,35 @@ def first_gradients(config: Config, path: Path) -> None:
         torch.save({n: p.grad for n, p in trainer.model.named_parameters()}, path)
 
 
-def first_gradients_of_one_rank(rank: int, port: int, config: Config, path: Path) -> None:
+def first_gradients_of_one_rank(rank: int, port: int, runs: list[tuple[Config, Path]]) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     with joined_processes(300):
-        first_gradients(config, path)
+        for config, path in runs:
+            first_gradients(config, path)
     # A thread of gloo that outlives the interpreter now and then aborts it.
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads
 
 
-@pytest.mark.parametrize("replay", [True, False], ids=["AMRB", "BPTT"])
-def test_two_processes_of_half_the_batch_have_the_gradients_of_one(listops_dir, tmp_path, replay):
-    changes = {"grad_clip": 0.0, "memory_replay_backprop": replay}
-    first_gradients(
-        config_of(listops_dir, tmp_path, "one", batch_size=8, **changes), tmp_path / "one.pt"
-    )
-    halves = config_of(listops_dir, tmp_path, "two", batch_size=4, **changes)
-    mp.spawn(
-        first_gradients_of_one_rank, (free_port(), halves, tmp_path / "two.pt"), nprocs=2
-    )
-    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
-    assert largest_difference(two, one) <= GRADIENT_TOLERANCE
+def test_two_processes_of_half_the_batch_have_the_gradients_of_one(listops_dir, tmp_path):
+    def runs(name: str, batch_size: int) -> list[tuple[Config, Path]]:
+        return [
+            (config_of(listops_dir, tmp_path, f"{name}_{backward}", batch_size=batch_size,
+                       grad_clip=0.0, memory_replay_backprop=backward == "amrb"),
+             tmp_path / f"{name}_{backward}.pt")
+            for backward in ("amrb", "bptt")
+        ]
+
+    alone, shared = runs("one", 8), runs("two", 4)
+    for config, path in alone:
+        first_gradients(config, path)
+    mp.spawn(first_gradients_of_one_rank, (free_port(), shared), nprocs=2)
+    for (_, one), (_, two) in zip(alone, shared, strict=True):
+        assert largest_difference(torch.load(two), torch.load(one)) <= GRADIENT_TOLERANCE, two.name
 
 
 def test_accumulated_batches_have_the_gradients_of_one(listops_dir, tmp_path):

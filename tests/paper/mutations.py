@@ -92,7 +92,7 @@ def run_pytest(folder: str, files: Sequence[str]) -> None:
         open("output", "w", encoding="utf-8") as output,
         contextlib.redirect_stdout(output), contextlib.redirect_stderr(output),
     ):
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])
+        status = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files])
     sys.exit(int(status))
 
 
