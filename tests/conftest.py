@@ -42,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """No processes beside this one for what is chosen from the default suite, by path, `-k` or `-m`:
-    it is over before they have loaded torch, or measures what they would disturb."""
+    """No processes beside this one for what a path, `-k` or `-m` chooses from the default suite: it
+    is over before they have loaded torch, or measures what they would disturb."""
     chosen = (
         config.args_source is not pytest.Config.ArgsSource.TESTPATHS
         or config.option.keyword
