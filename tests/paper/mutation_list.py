@@ -81,6 +81,8 @@ _ATTENTION = [
 
     ("shift-sign", EQUATIONS, "q = q - row_shift(q)", "q = q + row_shift(q)",
      "a row that no neuron hears is silenced further"),
+    ("fused-shift", FUSED, "qk[0] -= row_shift(qk[0])", "qk[0] += row_shift(qk[0])",
+     "a row that no neuron hears is silenced further"),
     ("shift-all", EQUATIONS, "keepdim=True).clamp(max=0)", "keepdim=True)",
      "the feature map is no longer that of elu"),
     ("fused-phi", FUSED, "qk.clamp_(max=0).exp_().add_(positive)",

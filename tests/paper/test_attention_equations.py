@@ -31,11 +31,13 @@ def s(x: float) -> float:
 FORMS = pytest.mark.parametrize("form", [contextlib.nullcontext, plain_form])
 
 
-def hand_worked(keys=K, **changes) -> AstromorphicAttention:
+def hand_worked(queries=Q, keys=K, **changes) -> AstromorphicAttention:
     """The weights of the case above for x = the identity, where Q = W_Q and so on."""
     attention = AstromorphicAttention(small_config(**BY_HAND, **changes)).double()
     with torch.no_grad():
-        attention.to_qkv.weight.copy_(torch.cat([torch.tensor(w).T for w in (Q, keys, V)]))
+        attention.to_qkv.weight.copy_(torch.cat([
+            torch.tensor(w, dtype=torch.float64).T for w in (queries, keys, V)
+        ]))
         attention.to_out.weight.copy_(torch.eye(2))
         attention.to_out.bias.zero_()
     return attention
@@ -107,6 +109,17 @@ def test_a_silent_neuron_adds_no_calcium_and_no_infinite_slope(form):
     attention = hand_worked(keys=[[-1000.0, 0.0], [-1000.0, 79.0]])
     response = read(attention, form)
     close(response, [[1 / 6, 160 / 6], [0.5 / 3, 80 / 3]], 1e-12)
+    response.sum().backward()
+    assert attention.to_qkv.weight.grad.isfinite().all()
+
+
+@FORMS
+def test_a_row_that_no_neuron_hears_reads_by_the_proportions_of_its_phi(form):
+    # phi(q_1) = e^-1000 [1 1/2] is 0 in double precision, but for the factor that P undoes:
+    # C = 7/2, phi(q_1) (m H) = [3/2 110].
+    attention = hand_worked(queries=[[-1000.0, -1000.0 - math.log(2)], [2.0, 0.0]])
+    response = read(attention, form)
+    close(response, [[0.75 / 3.5, 55 / 3.5], [2 / 9, 125 / 9]], 1e-12)
     response.sum().backward()
     assert attention.to_qkv.weight.grad.isfinite().all()
 
