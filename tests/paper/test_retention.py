@@ -69,7 +69,9 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize(("variable", "term", "take_away"), ALONE, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("variable", "term", "take_away"), ALONE, ids=[f"{case[0]} {case[1]}" for case in ALONE]
+)
 def test_each_term_of_each_equation_is_there(variable, term, take_away):
     state, drive = random_state(ODD)
     reduced_state, reduced_drive, reduced = take_away(state, drive, ODD)
