@@ -37,6 +37,7 @@ TINY = {
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, and GPUs for those tests alone that ask for them; so for processes they start."""
     torch.set_num_threads(1)  # small tensors gain nothing by more, and sums would round otherwise
+    os.environ["OMP_NUM_THREADS"] = "1"
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -129,7 +130,7 @@ def start_process(
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **{**pipes, **options},
+        env={**os.environ, **(env or {})}, **{**pipes, **options},
     )
 
 

@@ -245,7 +245,7 @@ def test_a_data_set_of_ones_own_trains_as_the_documents_have_it(tmp_path):
         [sys.executable, "letters.py", "--config", ROOT / "configs" / "imdb.yaml",
          "dataset=letters", "device=cpu", *tiny.split()],
         cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0 and "test_acc" in done.stdout, done.stderr
     (summary,) = tmp_path.glob("runs/*/summary.json")

@@ -57,7 +57,6 @@ def shell(command: str, cwd: Path) -> subprocess.CompletedProcess:
     function = f"rmaat() {{ '{sys.executable}' '{ROOT / 'run_train.py'}' \"$@\"; }}\n"
     return subprocess.run(
         ["bash", "-c", function + command], cwd=cwd, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
