@@ -33,6 +33,7 @@ PROCESSES.set_forkserver_preload(["campaigns", "experiments.sweep", "predict"])
 COUNT = itertools.count()
 LISTOPS = "lra_release/listops-1000"
 SPLITS = {"train": 20_000, "val": 300, "test": 300, "min_length": 9, "max_length": 41}
+GENERATED = {**SPLITS, "train": 200_000}  # seconds: a random moment of them is struck
 EVAL_INTERVAL = 25
 MOMENTS = (
     "start", "step", "step", "step", "writing", "evaluation", "packing", "generation", "race"
@@ -86,6 +87,7 @@ class Campaign:
         self.random = random.Random(self.seed)
         data = self.folder / "datasets"
         generate_listops(data, seed=0, workers=1, **SPLITS)
+        generate_listops(self.folder / "expected", seed=0, workers=1, **GENERATED)
         config = make_config({
             **TINY, "data_dir": str(data), "output_dir": str(self.folder), "run_name": "struck",
             "batch_size": 4, "num_segments": 2, "dropout": 0.1, "max_steps": self.steps,
@@ -100,7 +102,7 @@ class Campaign:
         return Program("run_train.py", ["--config", str(self.config), "--resume"], self.folder)
 
     def generation(self) -> list[str]:
-        options = {"out": self.folder / "generated", "seed": 0, "workers": 1, **SPLITS}
+        options = {"out": self.folder / "generated", "seed": 0, "workers": 1, **GENERATED}
         return ["listops", *(f"--{key}={value}" for key, value in options.items())]
 
     def last_step(self) -> int:
@@ -177,7 +179,7 @@ class Campaign:
         called(lambda: generate_lra.main(self.generation()), cwd=self.folder, check=True)
         for name in ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv"):
             ours, expected = (
-                self.folder / root / LISTOPS / name for root in ("generated", "datasets")
+                self.folder / root / LISTOPS / name for root in ("generated", "expected")
             )
             assert ours.read_bytes() == expected.read_bytes()
         parent = self.folder / "generated" / Path(LISTOPS).parent
