@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +121,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none at `path`, or it is damaged.
     """
-    with _told_as_unreadable(path):
+    with _told_as_unreadable(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a hostile pickle makes torch compare
         _look_through(path)
         # Mapped: a tensor that claims to be larger than its storage is refused, not allocated.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

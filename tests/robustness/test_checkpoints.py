@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import shutil
 import zipfile
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_a_pipe_is_not_waited_for(tmp_path, path, pipe):
     os.mkfifo(tmp_path / pipe)
     line = refusal(checkpoint.read, tmp_path / path)
     assert line.startswith(str(tmp_path / pipe)) and "is a pipe or a device" in line
+
+
+def test_a_tensor_that_is_called_is_told_without_a_word_of_torch(cut, tmp_path, recwarn):
+    with zipfile.ZipFile(cut / "last.pt") as old, zipfile.ZipFile(tmp_path / "x.pt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                calls = [at for opcode, _, at in pickletools.genops(content)
+                         if opcode.name == "REDUCE"]
+                content = content[: calls[-1] + 1] + b")R" + content[calls[-1] + 1 :]
+            new.writestr(name, content)
+    refusal(checkpoint.read, tmp_path / "x.pt")
+    assert not recwarn.list
 
 
 def test_a_tensor_larger_than_the_file_is_refused_before_it_is_there(tmp_path, cut):
