@@ -272,8 +272,8 @@ def _for_present_samples(
 class PairHead(nn.Linear):
     """The head of two documents encoded apart: a linear map of the match [u, v, u * v, u - v].
 
-    A norm of the read-outs u and v stands before it: what most documents share would drown the rest
-    of u * v.
+    `readout_norm` stands before it, on u and v: what all documents share would drown the rest of
+    u * v.
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data.packing import DataError, PackedSplit, Reader, digest, load_splits
@@ -57,7 +57,15 @@ from training.optimizer import build_optimizer, learning_rate_factor, restore_op
 from training.overview import Overview, duration, expected_seconds, look_ahead
 from training.replay import BudgetedReplay
 from training.slices import Slices
-from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
+from utils import (
+    hardware,
+    peak_memory_mib,
+    reset_peak_memory,
+    restore,
+    seed_everything,
+    seed_step,
+    versions,
+)
 
 __all__ = [
     "Metrics", "StepResult", "Trainer", "amrb_backward", "bptt_backward", "evaluate", "train",
@@ -217,14 +225,14 @@ def settle_statistics(model: RMAAT, batches: Iterable[Batch]) -> None:
     Args:
         batches: of the training split; every one counts the same.
     """
+    norm = model.head[0]
+    momentum, norm.momentum = norm.momentum, None  # the mean over all batches
+    norm.reset_running_stats()
     model.eval()
-    for norm in (m for m in model.head.modules() if isinstance(m, nn.BatchNorm1d)):
-        momentum, norm.momentum = norm.momentum, None  # the mean over all batches
-        norm.reset_running_stats()
-        norm.train()
-        for batch in batches:
-            score(model, batch)
-        norm.momentum = momentum
+    norm.train()
+    for batch in batches:
+        score(model, batch)
+    norm.momentum = momentum
     model.train()
 
 
@@ -450,8 +458,7 @@ class Trainer:
         loss, norm, *flags = torch.stack([loss, norm.to(loss), *flags]).tolist()
         unfinished, interrupted, is_due = (flag > 0 for flag in flags)  # of any process
         if unfinished:
-            for buffer, before in zip(self.model.head.buffers(), statistics, strict=True):
-                buffer.copy_(before)
+            restore(self.model.head.buffers(), statistics)
             self._leave()
         self.gradient_norm = norm
         # The overflows of float16 are the scaler's: it leaves their steps out and scales less.

@@ -31,7 +31,7 @@ CASES = [
     pytest.param(attention, pooling, T, M, id=f"{attention}-{pooling}-T{T}-M{M}")
     for attention, pooling, T, M in itertools.product(
         ["astro", "softmax", "linear", "nystrom", "luna"], ["mean", "last", "memory"],
-        [1, 2, 16], [0, 1, 4],
+        [1, 2, 4, 16], [0, 1, 4],
     )
     if M or not (pooling == "memory" or attention == "luna")
 ]

@@ -214,10 +214,11 @@ def meta_is_a_device(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    *({"attention_type": attention} for attention in ATTENTIONS),
-    {"pooling": "last"}, {"pooling": "memory"}, {"position_embedding": "sinusoidal"},
-    {"position_embedding": "none"}, {"position_basis": "local", "num_hidden": 20},
-    {"readout_norm": "batch"}, {"hebbian_sigmoid": True}, {"presynaptic_normalize": False},
+    *({"attention_type": attention, "pooling": pooling}
+      for attention in ATTENTIONS for pooling in ("mean", "last", "memory")),
+    {"position_embedding": "sinusoidal"}, {"position_basis": "local", "num_hidden": 20},
+    {"position_embedding": "none"}, {"readout_norm": "batch"}, {"hebbian_sigmoid": True},
+    {"presynaptic_normalize": False},
 ], ids=lambda changes: "-".join(map(str, changes.values())))
 def test_a_step_waits_for_nothing_draws_nothing_and_stays_on_its_device(meta_is_a_device, changes):
     config = tiny_config(dropout=0.2, num_segments=2, **changes)

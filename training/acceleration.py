@@ -6,7 +6,7 @@ Every `auto` of the configuration is resolved here; what cannot work falls back 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from model import RMAAT, autocast_dtype
 from run.environment import launched_processes
 from run.terminal import log_line
 from run.text import UserError
-from utils import first_line
+from utils import first_line, restore
 
 Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepResult`
 
@@ -189,7 +189,7 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
             if form is eager:
                 raise
             give_up(first_line(error))
-        _restore(model.buffers(), statistics)
+        restore(model.buffers(), statistics)
     model.zero_grad()
     if model.encode is encode and bool(gradients[0].isfinite().all()):
         difference = _relative_difference(gradients[1], gradients[0])
@@ -263,7 +263,7 @@ class Graphed:
             self.captures.clear()
             log_line(f"cuda_graphs is off: {first_line(error.__context__ or error)}")
         finally:
-            _restore(kept, values)
+            restore(kept, values)
         if not self.enabled:
             torch.cuda.empty_cache()  # the pool's memory
 
@@ -330,11 +330,6 @@ class GraphedBackward(Graphed):
 
     def _witness(self, model: RMAAT, result: Any) -> Tensor:
         return _flat_gradient(model)
-
-
-def _restore(tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
-    for tensor, value in zip(tensors, kept, strict=True):
-        tensor.copy_(value)
 
 
 def _flat_gradient(model: RMAAT) -> Tensor:

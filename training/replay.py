@@ -12,7 +12,7 @@ from lra_config import Config
 from model import RMAAT
 from run.terminal import log_line
 from training.gradients import shared_weights
-from utils import free_memory
+from utils import free_memory, restore
 
 SHARE = 0.5  # of the memory that is free in the first step, for kept activations
 
@@ -49,8 +49,7 @@ class BudgetedReplay:
                     raise
             # Outside of the handler, whose error holds the failed step's tensors.
             kept, self.kept = self.kept, self.kept // 2
-            for buffer, value in zip(model.head.buffers(), statistics, strict=True):
-                buffer.copy_(value)
+            restore(model.head.buffers(), statistics)
             torch.cuda.empty_cache()
             log_line(
                 f"out of memory with the activations of {kept} segments kept, "
