@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -99,6 +100,25 @@ def test_a_compiler_that_fails_leaves_the_run_eager(listops_dir, tmp_path, monke
     monkeypatch.setattr(acceleration.torch, "compile", broken)
     train(run_config(tmp_path, listops_dir, compile=True, max_steps=3))
     assert "compile is off: no working C++ compiler\n" in capsys.readouterr().out
+
+
+def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch, capsys):
+    def wrong(function, **_):
+        def call(*arguments):
+            memory, readout = function(*arguments)
+            return memory, 2 * readout
+        return call
+
+    monkeypatch.setattr(acceleration.torch, "compile", wrong)
+    config = tiny_config()
+    model, batch = build_model(config), tiny_batch(config)
+    eager = model.encode
+    assert not compile_model(model, amrb_backward, batch) and model.encode == eager
+    assert "compile is off: its gradients differ from eager ones" in capsys.readouterr().out
+
+
+def test_the_tests_that_ask_for_no_gpu_see_none():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 def test_one_compiled_form_serves_all_segments(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention.dropout import derive_keys, dropout, mix
+from attention.dropout import derive_keys, draw_seed, dropout, mix
 
 ONES = torch.ones(400, 500)
 STANDARD_ERRORS = 5
@@ -28,6 +28,15 @@ def test_the_share_that_is_dropped_is_p_and_the_mean_stays(p):
 def test_a_key_repeats_its_mask_and_none_drops_nothing():
     assert torch.equal(kept(0.3, seed=1), kept(0.3, seed=1))
     assert dropout(ONES, 0.3, None) is ONES
+
+
+def test_the_seed_is_drawn_on_the_cpu_whatever_the_device():
+    """A CUDA generator is left unusable by a capture that failed."""
+    torch.manual_seed(1)
+    numbers = [int(draw_seed(torch.device("cpu"))) for _ in range(2)]
+    torch.manual_seed(1)
+    assert draw_seed(torch.device("meta")).device.type == "meta"
+    assert int(draw_seed(torch.device("cpu"))) == numbers[1] != numbers[0]
 
 
 @pytest.mark.parametrize(("other_seed", "other_place"), [(1, 5), (2, 4), (12345, 4)])

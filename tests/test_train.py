@@ -164,6 +164,26 @@ def test_a_run_ends_at_the_first_validation_that_reaches_its_target(tmp_path, li
     assert_same_outcome(tmp_path / "reached", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"checkpoint_interval": None, "checkpoint_seconds": 1e-9}, list(range(1, 13))),
+    ({"checkpoint_interval": None, "checkpoint_seconds": 3600}, [12]),
+    ({"checkpoint_interval": 5, "checkpoint_seconds": 1e-9}, [5, 10, 12]),
+], ids=["always", "hourly", "steps"])
+def test_checkpoints_come_by_the_clock_unless_steps_are_given(
+    tmp_path, listops_dir, monkeypatch, changes, expected
+):
+    saved, save = [], train_module.Trainer.save
+
+    def noted(self):
+        saved.append(self.progress.step)
+        save(self)
+
+    monkeypatch.setattr(train_module.Trainer, "save", noted)
+    config = {**run_config(tmp_path, listops_dir, "run").model_dump(), **changes}
+    train(make_config(config))
+    assert saved == expected
+
+
 def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path, listops_dir):
     config = run_config(tmp_path, listops_dir, "run", stop_after_steps=1)
     train(config)
