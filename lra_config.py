@@ -230,6 +230,8 @@ class Config(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pooling: Model[Literal["mean", "last", "memory"]] = "mean"
     readout_norm: Model[Literal["none", "batch"]] = "none"  # of the head's input; unpublished
+    # Hidden layer of the head, as LRA's own baselines have it; null: a linear head; unpublished
+    classifier_dim: Model[Size | None] = None
     # Start of the tokens' vectors, unpublished; ordinal: like vectors for like grey levels
     token_embedding: Literal["random", "ordinal"] = "random"
     position_embedding: Model[Literal["learned", "sinusoidal", "none"]] = "learned"

@@ -269,20 +269,40 @@ def _for_present_samples(
     return run_present
 
 
-class PairHead(nn.Linear):
-    """The head of two documents encoded apart: a linear map of the match [u, v, u * v, u - v].
+class PairLinear(nn.Linear):
+    """A linear map of the match [u, v, u * v, u - v] of two documents encoded apart.
 
     `readout_norm` stands before it, on u and v: what all documents share would drown the rest of
     u * v.
     """
 
-    def __init__(self, dim: int, num_classes: int) -> None:
-        super().__init__(4 * dim, num_classes)
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__(4 * dim, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, C) of the read-outs (2B, D), those of a pair one after the other."""
+        """(B, out_features) of the read-outs (2B, D), those of a pair one after the other."""
         u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
         return super().forward(torch.cat([u, v, u * v, u - v], dim=1))
+
+
+def build_head(config: Config) -> nn.Module:
+    """What makes logits (B, C) of the read-outs (B, D), or (2B, D) with `document_pair: separate`.
+
+    Under mean pooling every segment adds its share, and a linear head can weigh shares but not
+    relate what two segments found; `classifier_dim` puts a hidden layer there, as LRA's own
+    baselines have it.
+    Deviation: the paper does not publish its head.
+    """
+    hidden, classes = config.classifier_dim, config.task.num_classes
+    first = nn.Linear if config.num_sequences == 1 else PairLinear
+    modules: list[nn.Module] = []
+    if config.readout_norm == "batch":
+        # The next weights do its scale and shift.
+        modules.append(nn.BatchNorm1d(config.dim, momentum=READOUT_MOMENTUM, affine=False))
+    modules.append(first(config.dim, hidden or classes))
+    if hidden:
+        modules += [nn.GELU(), nn.Linear(hidden, classes)]
+    return nn.Sequential(*modules) if len(modules) > 1 else modules[0]
 
 
 class RMAAT(
@@ -343,14 +363,7 @@ class RMAAT(
         std = ATTENTION[config.attention_type].memory_std
         self.memory = nn.Parameter(std * torch.randn(config.num_memory_tokens, config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        if self.num_sequences == 1:
-            self.head = nn.Linear(config.dim, config.task.num_classes)
-        else:
-            self.head = PairHead(config.dim, config.task.num_classes)
-        if config.readout_norm == "batch":
-            # The head's weights do its scale and shift.
-            norm = nn.BatchNorm1d(config.dim, momentum=READOUT_MOMENTUM, affine=False)
-            self.head = nn.Sequential(norm, self.head)
+        self.head = build_head(config)
         # The starts of the embedding last, so that all other weights start as they do without.
         if config.token_embedding == "ordinal":
             self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(

@@ -68,6 +68,7 @@ LONG = {"max_seq_len": 2048, "batch_size": 32, "max_steps": 100_000}
     ({"compile": True}, True, None, "float32", True),
     ({**LONG, "precision": "float32"}, True, None, "float32", False),
     ({"precision": "bfloat16"}, True, None, "bfloat16", False),
+    ({"precision": "bfloat16"}, False, None, "bfloat16", False),
 ], ids=str)
 def test_auto_on_a_cpu_is_fast_where_that_pays(
     monkeypatch, changes, instructions, begun, precision, compiled
@@ -76,7 +77,8 @@ def test_auto_on_a_cpu_is_fast_where_that_pays(
     config = tiny_config(**changes)
     manner = choose_manner(config, CPU, 100_000, begun)
     assert (manner.precision, manner.compile) == (precision, compiled)
-    assert bool(manner.why) == (config.precision == "auto") and "\n" not in manner.why
+    emulated = precision == "bfloat16" and not instructions
+    assert bool(manner.why) == (config.precision == "auto" or emulated) and "\n" not in manner.why
     assert not uses_cuda_graphs(config, CPU)
 
 

@@ -72,7 +72,7 @@ def test_amrb_gradients_equal_bptt_in_float32(attention, dropout):
 @pytest.mark.parametrize("switch", [
     {"hebbian_astro": False}, {"hebbian_sigmoid": True}, {"presynaptic_normalize": False},
     {"astro_mem": False}, {"position_embedding": "sinusoidal"}, {"position_embedding": "none"},
-    {"readout_norm": "batch"}, {"num_hidden": 5},
+    {"readout_norm": "batch", "classifier_dim": 7}, {"num_hidden": 5},
     {"position_basis": "local", "num_hidden": 12},
 ], ids=str)
 def test_amrb_gradients_equal_bptt_under_every_switch(switch):

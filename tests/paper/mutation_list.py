@@ -283,6 +283,8 @@ _FORWARD = [
      "last = active.int().argmax(dim=1)", "last reads the first segment that is not empty"),
     ("pool-last-any", "model.py", "last = (active * order).argmax(dim=1)",
      "last = order.expand_as(active).argmax(dim=1)", "last reads segments of padding"),
+    ("classifier-linear", "model.py", "modules += [nn.GELU(), nn.Linear(hidden, classes)]",
+     "modules += [nn.Identity(), nn.Linear(hidden, classes)]", "the hidden layer is linear"),
     ("documents-sign", "model.py", "torch.cat([u, v, u * v, u - v], dim=1)",
      "torch.cat([u, v, u * v, v - u], dim=1)", "the difference has the other sign"),
     ("documents-swapped", "model.py", "u, v = x.unflatten(0, (-1, 2)).unbind(1)",

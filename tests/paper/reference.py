@@ -205,7 +205,7 @@ def layer_norm(x: Array, weights: Weights, name: str) -> Array:
     return np.array(rows).reshape(x.shape) * weights[name + ".weight"] + weights[name + ".bias"]
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Array | Sequence[Array]) -> Array:
     """x times the normal distribution function of x."""
     return np.array([
         [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in row] for row in x
@@ -295,7 +295,10 @@ def logits(
         pooled = np.concatenate([u, v, u * v, u - v])
     else:
         pooled = encode(weights, keys, tokens, real, keys["num_segments"])
-    return weights["head.weight"] @ pooled + weights["head.bias"]
+    if keys["classifier_dim"] is None:
+        return weights["head.weight"] @ pooled + weights["head.bias"]
+    hidden = gelu([weights["head.0.weight"] @ pooled + weights["head.0.bias"]])[0]
+    return weights["head.2.weight"] @ hidden + weights["head.2.bias"]
 
 
 def mean_loss(

@@ -32,6 +32,7 @@ VARIANTS = [
     {"astro_mem": False}, {"num_memory_tokens": 0}, {"num_segments": 1}, {"num_segments": 12},
     {"num_layers": 1}, {"hebbian_sigmoid": True}, {"hebbian_astro": False},
     {"presynaptic_normalize": False}, {"num_memory_tokens": 0, "pooling": "last"},
+    {"classifier_dim": 5},
 ]
 
 
@@ -44,17 +45,19 @@ def test_logits_are_those_of_the_loops(variant, masked):
     close(model(batch.tokens, batch.mask), reference_logits(model, batch.tokens, batch.mask))
 
 
+@pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_two_documents_encoded_apart_meet_in_the_head_alone(pooling):
+def test_two_documents_encoded_apart_meet_in_the_head_alone(pooling, hidden):
     config = small_config(
-        dataset="aan", document_pair="separate", num_segments=6, pooling=pooling
+        dataset="aan", document_pair="separate", num_segments=6, pooling=pooling,
+        classifier_dim=hidden,
     )
     model = small_model(config)
     batch = small_batch(config)
     close(model(batch.tokens, batch.mask), reference_logits(model, batch.tokens, batch.mask))
     # Each has half the segments, and the factors and places of that half.
     assert len(model.retention_factors) == 3 and len(model.position_table) == 6
-    assert model.head.in_features == 4 * config.dim
+    assert (model.head[0] if hidden else model.head).in_features == 4 * config.dim
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

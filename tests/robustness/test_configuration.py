@@ -150,6 +150,7 @@ MODELS = [
     {"num_memory_tokens": 50, "num_hidden": 12},
     {"hebbian_astro": False, "position_embedding": "none"},
     {"dataset": "aan", "max_seq_len": 64, "document_pair": "separate"},
+    {"dataset": "aan", "max_seq_len": 64, "document_pair": "separate", "classifier_dim": 9},
 ]
 
 
@@ -158,7 +159,7 @@ def test_the_estimate_of_the_weights_is_just_below_what_they_take(changes):
     config = tiny_config(**changes)
     model = build_model(config)
     small = sum(p.numel() for p in model.parameters() if p.ndim < 2)
-    small += sum(p.numel() for p in model.head.parameters() if p.ndim == 2)
+    small += list(model.head.parameters())[-2].numel()  # the weights of the classes
     assert weight_bytes(config) == 4 * (sum(p.numel() for p in model.parameters()) - small)
 
 
@@ -168,6 +169,7 @@ def test_the_estimate_of_the_weights_is_just_below_what_they_take(changes):
     ({"max_seq_len": 4 * 10**15}, "max_seq_len=4000000000000000"),
     ({"num_memory_tokens": 10**15}, "num_memory_tokens=1000000000000000"),
     ({"num_layers": 10**12}, "num_layers=1000000000000"),
+    ({"classifier_dim": 10**13}, "classifier_dim=10000000000000"),
     ({"num_hidden": 10**14}, "num_hidden=100000000000000"),
     ({"max_seq_len": 2**50, "num_segments": 2**50, "position_embedding": "none"},
      "num_segments=1125899906842624"),
