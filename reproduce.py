@@ -153,6 +153,8 @@ class Cell:
             **changes, **BUDGETS[self.budget], **machine,
             "seed": self.seed, "output_dir": str(run_dir.parent), "run_name": run_dir.name,
         }
+        if values.get("num_segments") == 1:  # of each sequence: a pair's documents may be two
+            values["num_segments"] = load_config(self.task_file).num_sequences
         return [
             f"{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in values.items()
