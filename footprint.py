@@ -35,8 +35,8 @@ def weight_terms(config: Config) -> Terms:
         rows = M + config.segment_len
         terms["num_hidden", "max_seq_len", "num_memory_tokens"] = layers * H * m * rows
     if config.classifier_dim:
-        read = D if config.num_sequences == 1 else 4 * D
-        terms["dim", "classifier_dim"] = read * config.classifier_dim
+        features = D if config.num_sequences == 1 else 4 * D  # of a pair's match
+        terms["dim", "classifier_dim"] = features * config.classifier_dim
     if config.attention_type == "luna":
         terms["dim", "attention_type"] = layers * 2 * D * D
     if config.attention_type == "nystrom":
