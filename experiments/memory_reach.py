@@ -64,7 +64,7 @@ def memory_reach(model: SegmentRecurrent, batch: Batch) -> list[float]:
         ):
             changed, apart = ours - memory, memory.roll(1, dims=0) - memory
             reaches[k].append(float(changed.norm() / apart.norm()))
-    return [sum(values) / len(values) for values in reaches[:-1]]
+    return [sum(values) / len(values) for values in reaches if values]
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def test_reach_is_the_share_that_is_carried(share: float, expected: float) -> No
     model.share = share
     tokens = torch.tensor([[5, 5] + [5, 5] * 3, [9, 9] + [9, 9] * 3])
     reach = memory_reach.memory_reach(model, Batch(tokens, None, torch.tensor([0, 1])))
-    assert reach == pytest.approx([1.0, expected, expected])
+    assert reach == pytest.approx([1.0, expected, expected, expected])
 
 
 def test_without_differences_between_examples_an_exchange_changes_nothing() -> None:
