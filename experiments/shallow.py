@@ -71,7 +71,7 @@ def logistic_regression(name: str, features: Arrays, labels: Arrays) -> Score:
     weight = torch.zeros(x["train"].shape[1], int(y["train"].max()) + 1, requires_grad=True)
     bias = torch.zeros(weight.shape[1], requires_grad=True)
     for penalty in reversed(PENALTIES):  # each goes on from the stiffer one
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss(penalty: float = penalty) -> Tensor:
             weight.grad = bias.grad = None
