@@ -31,7 +31,7 @@ from run.terminal import print_result
 
 PROGRAM = "experiments.shallow"
 ROOT = Path(__file__).parent.parent
-PENALTIES = (1e-4, 1e-3, 1e-2)  # of the sum of squared weights
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # of the sum of squared weights
 NUM_PAIRS = 4096  # the most frequent pairs of bytes
 MARKER_EPOCHS = 6
 SCENES = {"train": 28_000, "val": 2_000, "test": 4_000}
@@ -71,7 +71,7 @@ def logistic_regression(name: str, features: Arrays, labels: Arrays) -> Score:
     weight = torch.zeros(x["train"].shape[1], int(y["train"].max()) + 1, requires_grad=True)
     bias = torch.zeros(weight.shape[1], requires_grad=True)
     for penalty in reversed(PENALTIES):  # each goes on from the stiffer one
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
 
         def loss(penalty: float = penalty) -> Tensor:
             weight.grad = bias.grad = None
