@@ -31,7 +31,7 @@ from run.terminal import print_result
 
 PROGRAM = "experiments.shallow"
 ROOT = Path(__file__).parent.parent
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # of the sum of squared weights
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the sum of squared weights
 NUM_PAIRS = 4096  # the most frequent pairs of bytes
 MARKER_EPOCHS = 6
 SCENES = {"train": 28_000, "val": 2_000, "test": 4_000}
