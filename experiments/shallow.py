@@ -1,4 +1,4 @@
-"""What a task yields to statistics that know no order: the floor under every trained figure.
+"""What a task yields to statistics that know no order beyond a pair: the floor under a figure.
 
     python -m experiments.shallow text retrieval
 
