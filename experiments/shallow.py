@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.packing import SPLITS, PackedSplit, load_splits
-from data.pathfinder_scenes import DIFFICULTIES, draw_targets, markers_fit, place_markers
+from data.pathfinder_scenes import (
+    DIFFICULTIES,
+    SIZE,
+    draw_targets,
+    markers_fit,
+    place_markers,
+)
 from experiments.tables import markdown
 from lra_config import load_config
 from lra_datasets import open_dataset
@@ -166,20 +172,29 @@ def pathfinder(splits: Splits, labels: Arrays) -> Iterator[Score]:
     """Grey levels; of scenes drawn here, the two markers and how their contours leave them."""
     levels = {k: histograms(documents(splits[k])) for k in SPLITS}
     yield logistic_regression("grey levels", levels, labels)
+    for difficulty in DIFFICULTIES.values():
+        yield from two_markers(difficulty.contour_length)
+
+
+def two_markers(contour_length: int) -> Iterator[Score]:
+    """What the markers of scenes without distractors tell, by the paddles of a contour."""
     rng = np.random.default_rng(0)
     markers, answers = {}, {}
     for k, count in SCENES.items():
-        targets = np.empty((0, 2, DIFFICULTIES["hard"].contour_length, 2), dtype=complex)
+        targets = np.empty((0, 2, contour_length, 2), dtype=complex)
         while len(targets) < count:
-            drawn = draw_targets(rng, 4096, DIFFICULTIES["hard"].contour_length)
+            drawn = draw_targets(rng, 4096, contour_length)
             targets = np.concatenate([targets, drawn[markers_fit(drawn)]])
         answers[k] = rng.integers(2, size=count)
         markers[k] = marker_features(rng, targets[:count], answers[k])
-    apart = {k: x[:, 0, :2] - x[:, 1, :2] for k, x in markers.items()}
-    distance = {k: np.linalg.norm(x, axis=1, keepdims=True) for k, x in apart.items()}
-    yield logistic_regression("the distance of the two markers", distance, answers)
+    apart = {k: np.hypot(*(x[:, 0, :2] - x[:, 1, :2]).T).astype(int) for k, x in markers.items()}
+    whole_pixels = np.arange(2 * SIZE)
+    distance = {k: 1.0 * (x[:, None] == whole_pixels) for k, x in apart.items()}
+    contours = f"contours of {contour_length}"
+    yield logistic_regression(f"{contours}: the distance of the two markers", distance, answers)
     for name, hidden in (("added up", 0), ("related", 128)):
-        yield marker_network(f"both markers' places and headings, {name}", markers, answers, hidden)
+        features = f"{contours}: both markers' places and headings, {name}"
+        yield marker_network(features, markers, answers, hidden)
 
 
 def marker_features(

@@ -58,6 +58,15 @@ def test_marker_network_relates_what_a_sum_cannot(monkeypatch: pytest.MonkeyPatc
     assert shallow.marker_network("related", markers, labels, 32).test > 90
 
 
+def test_the_distance_of_the_markers_tells_short_contours_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shallow, "SCENES", {"train": 2000, "val": 500, "test": 1000})
+    distance = next(shallow.two_markers(6))
+    assert "6" in distance.features
+    assert distance.test > 60
+
+
 def test_the_command_prints_a_table(listops_dir: Path, tmp_path: Path) -> None:
     arguments = ("listops", "--data_dir", listops_dir)
     result = called(shallow.main, *arguments, cwd=tmp_path, check=True)
