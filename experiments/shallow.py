@@ -2,8 +2,8 @@
 
     python -m experiments.shallow text retrieval
 
-A logistic regression, its penalty chosen on validation, on counts and lengths; on Pathfinder also
-on what the generator knows of the two markers. A model below such a row has not used its sequence.
+A logistic regression, its penalty chosen on validation, on counts and lengths. A model below such
+a row has not used its sequence.
 """
 
 from __future__ import annotations
@@ -19,16 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.packing import SPLITS, PackedSplit, load_splits
-from data.pathfinder_scenes import (
-    DIFFICULTIES,
-    SIZE,
-    draw_targets,
-    markers_fit,
-    place_markers,
-)
 from experiments.tables import markdown
 from lra_config import load_config
 from lra_datasets import open_dataset
@@ -39,8 +32,6 @@ PROGRAM = "experiments.shallow"
 ROOT = Path(__file__).parent.parent
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the sum of squared weights
 NUM_PAIRS = 4096  # the most frequent pairs of bytes
-MARKER_EPOCHS = 6
-SCENES = {"train": 28_000, "val": 2_000, "test": 4_000}
 WORD = re.compile(rb"[a-z']+")
 
 Splits = Mapping[str, PackedSplit]
@@ -169,71 +160,9 @@ def retrieval(splits: Splits, labels: Arrays) -> Iterator[Score]:
 
 
 def pathfinder(splits: Splits, labels: Arrays) -> Iterator[Score]:
-    """Grey levels; of scenes drawn here, the two markers and how their contours leave them."""
+    """Grey levels."""
     levels = {k: histograms(documents(splits[k])) for k in SPLITS}
     yield logistic_regression("grey levels", levels, labels)
-    for difficulty in DIFFICULTIES.values():
-        yield from two_markers(difficulty.contour_length)
-
-
-def two_markers(contour_length: int) -> Iterator[Score]:
-    """What the markers of scenes without distractors tell, by the paddles of a contour."""
-    rng = np.random.default_rng(0)
-    markers, answers = {}, {}
-    for k, count in SCENES.items():
-        targets = np.empty((0, 2, contour_length, 2), dtype=complex)
-        while len(targets) < count:
-            drawn = draw_targets(rng, 4096, contour_length)
-            targets = np.concatenate([targets, drawn[markers_fit(drawn)]])
-        answers[k] = rng.integers(2, size=count)
-        markers[k] = marker_features(rng, targets[:count], answers[k])
-    apart = {k: np.hypot(*(x[:, 0, :2] - x[:, 1, :2]).T).astype(int) for k, x in markers.items()}
-    whole_pixels = np.arange(2 * SIZE)
-    distance = {k: 1.0 * (x[:, None] == whole_pixels) for k, x in apart.items()}
-    contours = f"contours of {contour_length}"
-    yield logistic_regression(f"{contours}: the distance of the two markers", distance, answers)
-    for name, hidden in (("added up", 0), ("related", 128)):
-        features = f"{contours}: both markers' places and headings, {name}"
-        yield marker_network(features, markers, answers, hidden)
-
-
-def marker_features(
-    rng: np.random.Generator, targets: np.ndarray, labels: np.ndarray
-) -> np.ndarray:
-    """Place and heading (x, y each) of the two markers in a random order, (n, 2, 4)."""
-    places = place_markers(rng, targets, labels)
-    scene = np.arange(len(targets))
-    first = (targets[:, 0, 0, 0] != places[:, 0]).astype(int)
-    last = (targets[:, 0, -1, 1] != places[:, 1]).astype(int)
-    inner = np.stack([targets[scene, first, 0, 1], targets[scene, last, -1, 0]], axis=1)
-    headings = inner - places
-    order = rng.permuted(np.tile([0, 1], (len(targets), 1)), axis=1)
-    features = np.stack([places.real, places.imag, headings.real, headings.imag], axis=2)
-    return features[scene[:, None], order]
-
-
-def marker_network(name: str, markers: Arrays, labels: Arrays, hidden: int) -> Score:
-    """A learned vector for each marker, their sum, a batch norm, a head with `hidden` neurons."""
-    torch.manual_seed(0)
-    flat = markers["train"].reshape(-1, 4)
-    x = {k: torch.from_numpy((v - flat.mean(0)) / flat.std(0)).float() for k, v in markers.items()}
-    y = {k: torch.from_numpy(v) for k, v in labels.items()}
-    vector = nn.Sequential(
-        nn.Linear(4, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 64)
-    )
-    last = [nn.Linear(64, hidden), nn.GELU()] if hidden else []
-    head = nn.Sequential(nn.BatchNorm1d(64, affine=False), *last, nn.Linear(hidden or 64, 2))
-    optimizer = torch.optim.AdamW([*vector.parameters(), *head.parameters()], lr=2e-3)
-    for _ in range(MARKER_EPOCHS):
-        for rows in torch.randperm(len(y["train"])).split(32):
-            loss = F.cross_entropy(head(vector(x["train"][rows]).sum(1)), y["train"][rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    head.eval()
-    with torch.no_grad():
-        val, test = (accuracy(head(vector(x[k]).sum(1)), y[k]) for k in ("val", "test"))
-    return Score(name, val, test)
 
 
 TASKS: dict[str, Callable[[Splits, Arrays], Iterator[Score]]] = {
