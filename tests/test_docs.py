@@ -72,7 +72,10 @@ def test_every_module_and_package_has_a_line():
 
 
 def test_accuracies_are_those_of_the_runs():
-    """A row's system links to a folder that holds one summary, or one in a folder per seed."""
+    """A row's system links to a folder that holds one summary, or one in a folder per seed.
+
+    A system for which the paper has no figure has no gap either.
+    """
     rows = re.findall(
         r"^\| [\w ]+ \| \[[^]]+\]\(([^)]+)\) \|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$",
         section(README, "Results"), flags=re.M,
@@ -81,9 +84,12 @@ def test_accuracies_are_those_of_the_runs():
     for folder, *cells in rows:
         runs = [json.loads(path.read_text()) for path in (ROOT / folder).rglob("summary.json")]
         paper, ours, gap, seeds, steps = (
-            float(cell.split("±")[0].replace(",", "")) for cell in cells
+            float(cell.split("±")[0].replace(",", "")) if cell.strip() else None for cell in cells
         )
         measured = 100 * mean(run["test_accuracy"] for run in runs)
         assert ours == pytest.approx(measured, abs=0.0501), folder
-        assert gap == pytest.approx(measured - paper, abs=0.0501), folder
+        if paper is None:
+            assert gap is None, folder
+        else:
+            assert gap == pytest.approx(measured - paper, abs=0.0501), folder
         assert (seeds, {steps}) == (len(runs), {run["steps"] for run in runs}), folder
