@@ -162,6 +162,8 @@ def print_scores() -> None:
     parser = Parser(prog=PROGRAM, description=__doc__.split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
     arguments = parser.parse_args()
+    if arguments.epochs < 1:
+        parser.error(f"--epochs {arguments.epochs} trains nothing; give 1 or more")
     rows: list[list[str]] = []
     network = None
     for difficulty in DIFFICULTIES.values():

@@ -71,5 +71,6 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "after shorter contours" in rows[-1]
 
 
-def test_a_number_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
-    assert_refused(called(markers.main, "--epochs", "many", cwd=tmp_path), "--epochs", "many")
+@pytest.mark.parametrize("epochs", ["many", "0"])
+def test_a_number_that_is_none_is_told_in_one_line(epochs: str, tmp_path: Path) -> None:
+    assert_refused(called(markers.main, "--epochs", epochs, cwd=tmp_path), "--epochs", epochs)
