@@ -13,19 +13,19 @@ carried on, 0 where every segment writes its memory anew.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.packing import load_splits
+from data.packing import PackedSplit, load_splits
 from dataloader import Batch, collate, evaluation_batches
 from experiments.tables import markdown, number
 from lra_config import load_config, single_values
 from lra_datasets import open_dataset
-from model import SegmentRecurrent, build_model
+from model import RMAAT, SegmentRecurrent, build_model
 from predict import load_trained, tokenizer_of
 from run.program import Parser, run_program
 from run.terminal import print_result
@@ -80,30 +80,35 @@ def score_exchanged(model: SegmentRecurrent, batch: Batch) -> StepResult:
     return StepResult(F.cross_entropy(logits, batch.labels), logits)
 
 
-def measure(place: Path, overrides: Sequence[str]) -> list[str]:
-    """A row of the table.
+def open_place(place: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[str, PackedSplit]]:
+    """The model of a finished run's folder, or the start of a configuration's, and its data.
 
     Raises:
         ReachError: `place` has no memory that is handed on.
     """
-    is_trained = place.is_dir()
-    if is_trained:
+    if place.is_dir():
         model = load_trained(place / "model.safetensors", None, single_values(overrides))
     else:
         config = load_config(place, overrides)
         seed_everything(config.seed)
         model = build_model(config).to(resolve_device(config)).eval()
-    config, device = model.config, next(model.parameters()).device
+    config = model.config
     if config.num_segments == config.num_sequences or not config.num_memory_tokens:
         raise ReachError(f"{place}: hands no memory on; name a model of several segments")
     reader = open_dataset(config)
-    if is_trained:
+    if place.is_dir():
         reader.tokenizer = tokenizer_of(model)
-    test = load_splits(reader)["test"]
+    return model, load_splits(reader)
+
+
+def measure(place: Path, overrides: Sequence[str]) -> list[str]:
+    """A row of the table."""
+    model, splits = open_place(place, overrides)
+    config, device, test = model.config, model.memory.device, splits["test"]
     longest = np.argsort(-test.lengths.min(axis=1), kind="stable")[:NUM_EXAMPLES]
     reach = memory_reach(model, collate(test, longest, config, device))
     accuracies = []
-    if is_trained:
+    if place.is_dir():
         for how in ({}, {"score": score_exchanged}):
             metrics = evaluate(model, evaluation_batches(test, config, device), **how)
             accuracies.append(100 * metrics.accuracy)
