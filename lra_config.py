@@ -228,7 +228,7 @@ class Config(BaseModel):
     num_heads: Model[Size] = 2
     ffn_dim: Model[Size] = 128
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    pooling: Model[Literal["mean", "last", "memory"]] = "mean"
+    pooling: Model[Literal["mean", "last", "memory", "bright"]] = "mean"
     readout_norm: Model[Literal["none", "batch"]] = "none"  # of the head's input; unpublished
     # Hidden layer of the head, as LRA's own baselines have it; null: a linear head; unpublished
     classifier_dim: Model[Size | None] = None
@@ -237,6 +237,8 @@ class Config(BaseModel):
     position_embedding: Model[Literal["learned", "sinusoidal", "none"]] = "learned"
     # Start of the learned positions, unpublished: this times the sinusoids; null: small noise
     position_scale: Positive | None = None
+    # Those sinusoids are of rows and columns of an image; false: of places in the sequence
+    position_grid: bool = False
 
     # Terms of the astromorphic attention
     num_hidden: Model[Size | None] = None  # m of a head [paper: free]; null: the head's width
@@ -382,6 +384,16 @@ class Config(BaseModel):
                 f"even width, and position_embedding={self.position_embedding} has dim={self.dim}; "
                 "set position_embedding=learned and an even dim, or position_scale=null"
             )
+        if self.position_grid and not (self.position_scale and self.task.grey):
+            raise ValueError(
+                f"position_grid=True starts the learned positions of images, and dataset="
+                f"{self.dataset} has position_scale={self.position_scale}; set it to 0.5, say, on "
+                "cifar10 or pathfinder32, or position_grid=false"
+            )
+        if self.pooling == "bright" and not self.task.grey:
+            raise ValueError(
+                f"pooling=bright weighs pixels, and dataset={self.dataset} has none; use mean"
+            )
         if self.token_embedding == "ordinal" and self.task.tokenizer is not ByteTokenizer:
             raise ValueError(
                 f"token_embedding=ordinal needs ids in an order, the tokens of dataset="
@@ -434,10 +446,10 @@ class Config(BaseModel):
 
     def _check_local_start(self) -> None:
         m, S = self.num_hidden or self.dim // self.num_heads, self.segment_len
-        width = sum(self.place_digits) + 1
-        if width >= self.dim:
+        if self.place_width >= self.dim:
             raise ValueError(
-                f"position_basis=local tells the {S} tokens of a segment apart in {width} features "
+                f"position_basis=local tells the {S} tokens of a segment apart in "
+                f"{self.place_width} features "
                 f"and leaves the tokens none of dim={self.dim}; raise dim, num_segments or "
                 "local_digits"
             )
@@ -466,6 +478,11 @@ class Config(BaseModel):
         while base * base**above < S:
             base += 1
         return [base] * above + [-(-S // base**above)]
+
+    @property
+    def place_width(self) -> int:
+        """How many features the code of places takes, the first ones; 0 without the local start."""
+        return sum(self.place_digits) + 1 if self.reads_neighbours else 0
 
     @property
     def task(self) -> Task:

@@ -20,8 +20,10 @@ shapes may differ from segment to segment, it is not run for that sample (`Segme
 
 Read-out. `pooling: mean` is the mean over all real tokens of all segments, without memory rows;
 `last` the mean over the real tokens of the last segment that holds one; `memory` the mean of the M
-memory rows that leave that segment, before the factor. A sequence without a real token reads out
-zero (`RMAAT.encode` takes each segment's share, `RMAAT.combine` joins them).
+memory rows that leave that segment, before the factor; `bright`, of images, the sum of all rows,
+each times (grey level / 255)^8, so that a few bright pixels, such as Pathfinder's markers, are not
+lost among hundreds of dim ones. A sequence without a real token reads out zero (`RMAAT.encode`
+takes each segment's share, `RMAAT.combine` joins them).
 Deviation: the paper does not publish its read-out.
 """
 
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +51,7 @@ from run.files import write_json
 from utils import (
     digit_height,
     digit_positions,
+    grid_positions,
     ordinal_embedding,
     sinusoidal_positions,
     sinusoidal_segments,
@@ -59,6 +63,7 @@ __all__ = [
 ]
 
 HUB_ARGUMENTS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
+BRIGHT_POWER = 8  # of a grey level under `pooling: bright`: a half counts 1 / 256
 READOUT_MOMENTUM = 0.02  # of the running statistics that `readout_norm: batch` evaluates with
 
 
@@ -285,6 +290,21 @@ class PairLinear(nn.Linear):
         return super().forward(torch.cat([u, v, u * v, u - v], dim=1))
 
 
+def start_of_positions(config: Config, length: int) -> Tensor:
+    """The sinusoids (length, D) that learned positions start from, `position_scale` apart."""
+    places = torch.arange(length)
+    if not config.position_grid:
+        return sinusoidal_positions(places, config.dim, torch.get_default_dtype())
+    taken = config.place_width  # the first features are those of the code of places
+    grid = grid_positions(places, math.isqrt(config.max_seq_len), config.dim - taken)
+    return F.pad(grid, (taken, 0))
+
+
+def brightness(tokens: Tensor) -> Tensor:
+    """The weight of each pixel under `pooling: bright`; ids are grey levels + 1, 0 is padding."""
+    return ((tokens - 1).clamp_min(0) / 255).pow(BRIGHT_POWER)
+
+
 def build_head(config: Config) -> nn.Module:
     """What makes logits (B, C) of the read-outs (B, D), or (2B, D) with `document_pair: separate`.
 
@@ -351,8 +371,7 @@ class RMAAT(
             L = T * self.segment_len
             table = 0.02 * torch.randn(L, config.dim)
             if config.position_scale:
-                sinusoids = sinusoidal_positions(torch.arange(L), config.dim, table.dtype)
-                table = config.position_scale * sinusoids
+                table = config.position_scale * start_of_positions(config, L)
             self.position_table = nn.Parameter(table)
         elif config.position_embedding == "sinusoidal":
             waves, turns = sinusoidal_segments(T, self.segment_len, config.dim)
@@ -459,7 +478,7 @@ class RMAAT(
         for i, layer in enumerate(self.layers):
             x = layer(x, rows, terms[i], layer_keys[per_layer * i : per_layer * (i + 1)])
         memory_out = x[:, :M].to(memory.dtype)
-        readout = self._read_out(memory_out, x[:, M:], mask)
+        readout = self._read_out(memory_out, x[:, M:], tokens, mask)
         next_memory = retention_factor * memory_out
         if mask is not None:
             active = mask.any(dim=1)
@@ -505,11 +524,15 @@ class RMAAT(
             return turned.to(self.token_embedding.weight.dtype)
         return None
 
-    def _read_out(self, memory_out: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, D): the sum (`mean`) or mean (`last`) of the real rows, or the memory's mean."""
+    def _read_out(
+        self, memory_out: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """(B, D): the real rows' sum (`mean`, `bright`) or mean (`last`), or the memory's mean."""
         if self.pooling == "memory":
             return memory_out.mean(dim=1)
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.pooling == "bright":
+            return torch.einsum("bs,bsd->bd", brightness(tokens).to(dtype), x.to(dtype))
         if mask is None:
             total, count = x.sum(dim=1, dtype=dtype), x.shape[1]
         else:
@@ -524,10 +547,13 @@ class RMAAT(
             readouts: one (B, D) per segment that ran, in order.
             mask: (B, L) bool of the sequence; None if every one of those segments is whole.
         Returns:
-            (B, D): the mean over real tokens (`mean`), or the read-out of the last segment that
-            holds a real token (`last`, `memory`); zero for a sequence without a real token.
+            (B, D): the mean over real tokens (`mean`), the sum of the read-outs (`bright`), or the
+            one of the last segment that holds a real token (`last`, `memory`); zero for a sequence
+            without a real token.
         """
         stacked = torch.stack(list(readouts), dim=1)  # (B, T, D)
+        if self.pooling == "bright":
+            return stacked.sum(dim=1)
         if self.pooling == "mean":
             if mask is None:
                 return stacked.sum(dim=1) / (len(readouts) * self.segment_len)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,6 +34,27 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
     # float64: at position 10^6 a float32 angle is off by a tenth of a radian.
     angles = positions[:, None].double() * frequencies  # (S, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
+
+
+def grid_positions(positions: Tensor, side: int, dim: int) -> Tensor:
+    """Sinusoids of the row and of the column of pixels, a quarter of the features each.
+
+    A flat index tells a column only through waves that happen to fit a row. Wave lengths here grow
+    from 4 pixels to twice the side, so that rows, columns and their differences are linear in them.
+
+    Args:
+        positions: (S,) int64, in pixels of a square image read row by row.
+        side: of that image, in pixels.
+        dim: at least 4; what is left over of a multiple of 4 stays zero.
+    Returns:
+        (S, dim) float32: sines and cosines of the row, sines and cosines of the column.
+    Deviation: the paper leaves the position embedding open.
+    """
+    exponents = torch.linspace(0, math.log2(side / 2), dim // 4)
+    frequencies = math.pi / side * 2**exponents
+    angles = [x[:, None] * frequencies for x in (positions // side, positions % side)]
+    waves = torch.cat([wave(x) for x in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return F.pad(waves, (0, dim - waves.shape[1]))
 
 
 def sinusoidal_segments(

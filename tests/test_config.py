@@ -81,6 +81,12 @@ def test_impossible_combinations_are_refused():
         tiny_config(position_scale=2.0, position_embedding="none")
     with pytest.raises(ConfigError, match="token_embedding=ordinal needs ids"):
         tiny_config(token_embedding="ordinal")
+    with pytest.raises(ConfigError, match="pooling=bright weighs pixels"):
+        tiny_config(pooling="bright")
+    with pytest.raises(ConfigError, match=r"dataset=listops has position_scale=0\.5"):
+        tiny_config(position_grid=True, position_scale=0.5)
+    with pytest.raises(ConfigError, match="dataset=cifar10 has position_scale=None"):
+        tiny_config(position_grid=True, dataset="cifar10", max_seq_len=16)
     with pytest.raises(ConfigError, match="bucket_by_length"):
         tiny_config(readout_norm="batch", bucket_by_length=True)
     with pytest.raises(ConfigError, match="num_hidden=8 is of attention_type astro and linear"):

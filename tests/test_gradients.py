@@ -74,6 +74,7 @@ def test_amrb_gradients_equal_bptt_in_float32(attention, dropout):
     {"astro_mem": False}, {"position_embedding": "sinusoidal"}, {"position_embedding": "none"},
     {"readout_norm": "batch", "classifier_dim": 7}, {"num_hidden": 5},
     {"position_basis": "local", "num_hidden": 12},
+    {"dataset": "cifar10", "pooling": "bright", "position_scale": 0.5, "position_grid": True},
 ], ids=str)
 def test_amrb_gradients_equal_bptt_under_every_switch(switch):
     config = tiny_config(max_seq_len=48, dropout=0.1, **switch)

@@ -22,9 +22,9 @@ from attention.equations import (
 from attention.fused import FusedResponse
 from attention.heads import join_heads, split_heads
 from lra_config import Config
-from model import build_model
+from model import brightness, build_model
 from training.diagnostics import inspect_model
-from utils import sinusoidal_positions
+from utils import grid_positions, sinusoidal_positions
 
 FLOAT64_TOLERANCE = 1e-10
 ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
@@ -357,6 +357,42 @@ def test_position_scale_starts_the_learned_positions_at_multiples_of_the_sinusoi
     one, two = (build_model(tiny_config(position_scale=s)).position_table for s in (1.0, 2.0))
     torch.testing.assert_close(two, 2 * one)
     torch.testing.assert_close(one, sinusoidal_positions(torch.arange(40), config.dim, one.dtype))
+
+
+def test_a_grid_tells_how_far_two_pixels_lie_apart_along_either_axis():
+    side, dim = 8, 16
+    grid = grid_positions(torch.arange(side**2), side, dim + 3)
+    assert not grid[:, dim:].any()  # no whole quarter
+    rows, columns = grid[:, :dim].unflatten(0, (side, side)).chunk(2, dim=-1)
+    assert rows.equal(rows[:, :1].expand_as(rows)) and columns.equal(columns[:1].expand_as(columns))
+    close(rows[:, 0], columns[0], 1e-6)
+    likeness = rows[:, 0] @ rows[:, 0].T  # sines and cosines: of the distance alone
+    for distance in range(side):
+        diagonal = likeness.diagonal(distance)
+        close(diagonal, diagonal[:1].expand_as(diagonal), 1e-4)
+    assert likeness[0].argmax() == 0 and (likeness[0, :3].diff() < 0).all()
+
+
+@pytest.mark.parametrize("local", [{}, {"position_basis": "local", "num_hidden": 8}], ids=str)
+def test_position_grid_starts_the_learned_positions_beside_the_code_of_places(local):
+    model = build_model(tiny_config(**GREY, **local, position_scale=2.0, position_grid=True))
+    free = model.config.dim - model.config.place_width
+    table = model.position_table.detach()
+    close(table[:, -free:], 2 * grid_positions(torch.arange(16), 4, free), 1e-6)
+    assert not table[:, :-free].any()
+
+
+def test_a_bright_read_out_adds_up_rows_by_the_eighth_power_of_their_grey_level():
+    models = {}
+    for pooling in ("mean", "bright"):
+        config = tiny_config(**GREY, pooling=pooling, num_memory_tokens=0)
+        models[pooling] = double_model(config)
+        models[pooling].head = torch.nn.Identity()
+    level = torch.tensor([255, 204, 51, 0])
+    grey = 1 + level[:, None].expand(4, 16)  # images of one grey
+    weights = (level.double() / 255) ** 8
+    close(models["bright"](grey), 16 * weights[:, None] * models["mean"](grey), 1e-6)
+    assert not brightness(torch.tensor([[0, 1]])).any()  # padding, black
 
 
 @pytest.mark.parametrize("changes", [
