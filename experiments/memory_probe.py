@@ -20,11 +20,11 @@ from torch import Tensor
 
 from data.packing import PackedSplit
 from dataloader import evaluation_batches
-from experiments.memory_reach import open_place
+from experiments.places import open_place, parse_places
 from experiments.shallow import logistic_regression
 from experiments.tables import markdown, number
 from model import RMAAT
-from run.program import Parser, run_program
+from run.program import run_program
 from run.terminal import print_result
 
 PROGRAM = "experiments.memory_probe"
@@ -85,14 +85,8 @@ def probe(place: Path, overrides: Sequence[str]) -> list[list[str]]:
 
 
 def print_probes() -> None:
-    parser = Parser(prog=PROGRAM, description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "places", nargs="+", type=Path, metavar="PLACE",
-        help="the folder of a finished run, or a YAML file",
-    )
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
-    arguments = parser.parse_args()
-    rows = [row for place in arguments.places for row in probe(place, arguments.overrides)]
+    places, overrides = parse_places(PROGRAM, __doc__.split("\n\n")[0])
+    rows = [row for place in places for row in probe(place, overrides)]
     header = [
         "model", "asked for", "memory that leaves segment", "validation, %", "test, %",
         "most frequent, test, %",

@@ -13,33 +13,23 @@ carried on, 0 where every segment writes its memory anew.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.packing import PackedSplit, load_splits
 from dataloader import Batch, collate, evaluation_batches
+from experiments.places import open_place, parse_places
 from experiments.tables import markdown, number
-from lra_config import load_config, single_values
-from lra_datasets import open_dataset
-from model import RMAAT, SegmentRecurrent, build_model
-from predict import load_trained, tokenizer_of
-from run.program import Parser, run_program
+from model import SegmentRecurrent
+from run.program import run_program
 from run.terminal import print_result
-from run.text import UserError
 from train import StepResult, evaluate
-from training.acceleration import resolve_device
-from utils import seed_everything
 
 PROGRAM = "experiments.memory_reach"
 NUM_EXAMPLES = 64  # the longest, from which the reach is taken
-
-
-class ReachError(UserError):
-    """A model or data in which no memory is handed on."""
 
 
 @torch.no_grad()
@@ -80,27 +70,6 @@ def score_exchanged(model: SegmentRecurrent, batch: Batch) -> StepResult:
     return StepResult(F.cross_entropy(logits, batch.labels), logits)
 
 
-def open_place(place: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[str, PackedSplit]]:
-    """The model of a finished run's folder, or the start of a configuration's, and its data.
-
-    Raises:
-        ReachError: `place` has no memory that is handed on.
-    """
-    if place.is_dir():
-        model = load_trained(place / "model.safetensors", None, single_values(overrides))
-    else:
-        config = load_config(place, overrides)
-        seed_everything(config.seed)
-        model = build_model(config).to(resolve_device(config)).eval()
-    config = model.config
-    if config.num_segments == config.num_sequences or not config.num_memory_tokens:
-        raise ReachError(f"{place}: hands no memory on; name a model of several segments")
-    reader = open_dataset(config)
-    if place.is_dir():
-        reader.tokenizer = tokenizer_of(model)
-    return model, load_splits(reader)
-
-
 def measure(place: Path, overrides: Sequence[str]) -> list[str]:
     """A row of the table."""
     model, splits = open_place(place, overrides)
@@ -120,14 +89,8 @@ def measure(place: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def print_reaches() -> None:
-    parser = Parser(prog=PROGRAM, description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "places", nargs="+", type=Path, metavar="PLACE",
-        help="the folder of a finished run, or a YAML file",
-    )
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
-    arguments = parser.parse_args()
-    rows = [measure(place, arguments.overrides) for place in arguments.places]
+    places, overrides = parse_places(PROGRAM, __doc__.split("\n\n")[0])
+    rows = [measure(place, overrides) for place in places]
     header = [
         "model", "retention factor", "1 segment later", "2", "4", "test, %",
         "test with another's memory, %",
