@@ -390,6 +390,11 @@ class Config(BaseModel):
                 f"{self.dataset} has position_scale={self.position_scale}; set it to 0.5, say, on "
                 "cifar10 or pathfinder32, or position_grid=false"
             )
+        if self.position_grid and self.dim - self.place_width < 4:
+            raise ValueError(
+                f"position_grid=True takes 4 features or more, and dim={self.dim} leaves "
+                f"{self.dim - self.place_width} beside the code of places; raise dim"
+            )
         if self.pooling == "bright" and not self.task.grey:
             raise ValueError(
                 f"pooling=bright weighs pixels, and dataset={self.dataset} has none; use mean"

@@ -39,8 +39,8 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
 def grid_positions(positions: Tensor, side: int, dim: int) -> Tensor:
     """Sinusoids of the row and of the column of pixels, a quarter of the features each.
 
-    A flat index tells a column only through waves that happen to fit a row. Wave lengths here grow
-    from 4 pixels to twice the side, so that rows, columns and their differences are linear in them.
+    A flat index tells a column only through waves that happen to fit a row. Wave lengths here range
+    from twice the side to 4 pixels, and the likeness of two rows, or columns, is of their distance.
 
     Args:
         positions: (S,) int64, in pixels of a square image read row by row.

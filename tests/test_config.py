@@ -87,6 +87,10 @@ def test_impossible_combinations_are_refused():
         tiny_config(position_grid=True, position_scale=0.5)
     with pytest.raises(ConfigError, match="dataset=cifar10 has position_scale=None"):
         tiny_config(position_grid=True, dataset="cifar10", max_seq_len=16)
+    with pytest.raises(ConfigError, match="dim=2 leaves 2"):
+        tiny_config(
+            position_grid=True, position_scale=0.5, dataset="cifar10", dim=2, num_heads=1
+        )
     with pytest.raises(ConfigError, match="bucket_by_length"):
         tiny_config(readout_norm="batch", bucket_by_length=True)
     with pytest.raises(ConfigError, match="num_hidden=8 is of attention_type astro and linear"):
