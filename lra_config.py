@@ -263,6 +263,8 @@ class Config(BaseModel):
     nystrom_conv: Model[Count] = 35  # width of the convolution over the values, odd; 0: off
 
     # Optimization
+    # Weights to start from: a last.pt, a best.pt or a .safetensors; the optimizer starts anew.
+    initial_checkpoint: Annotated[str | None, Role(local=True)] = None
     batch_size: Size = 32  # per process and backward pass
     accumulate: Size = 1  # backward passes per step
     max_steps: Size = 5_000
@@ -350,6 +352,11 @@ class Config(BaseModel):
             raise ValueError(
                 f"embedding_path holds word vectors and dataset={self.dataset} has no words; "
                 "use it with imdb or imdb_long"
+            )
+        if self.embedding_path and self.initial_checkpoint:
+            raise ValueError(
+                f"initial_checkpoint={shown(self.initial_checkpoint)} brings word vectors of its "
+                "own; set embedding_path=null"
             )
         sequence_segments = self.num_segments // self.num_sequences
         if isinstance(self.replay_segments, int) and self.replay_segments >= sequence_segments:

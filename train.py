@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -236,6 +237,30 @@ def settle_statistics(model: RMAAT, batches: Iterable[Batch]) -> None:
     model.train()
 
 
+def load_initial_weights(model: RMAAT) -> None:
+    """Give a new model what its configuration names: a checkpoint's weights, or word vectors.
+
+    Raises:
+        CheckpointError: `initial_checkpoint` cannot be read, or holds another model's weights.
+        DataError: `embedding_path` cannot be read, or holds vectors of another width.
+    """
+    config = model.config
+    if config.initial_checkpoint:
+        path = Path(config.initial_checkpoint)
+        start = checkpoint.read(path)
+        if start.vocabulary != model.vocabulary:
+            raise checkpoint.CheckpointError(
+                f"{path}: its vocabulary is not that of {config.data_dir}; start from a run on the "
+                "same data, or set initial_checkpoint=null"
+            )
+        with checkpoint.fitting(path):
+            model.load_state_dict(start.model)
+    if config.embedding_path:
+        vectors = load_word_vectors(config.embedding_path, model.vocabulary, config.dim)
+        for token, vector in vectors.items():
+            model.token_embedding.weight.data[token] = torch.from_numpy(vector)
+
+
 class Trainer:
     """One run in its folder: model, optimizer, data and progress, from step to step."""
 
@@ -262,10 +287,8 @@ class Trainer:
         seed_everything(config.seed)
         vocabulary = getattr(self.reader.tokenizer, "vocabulary", None)
         self.model = build_model(config, vocabulary).to(self.device)
-        if config.embedding_path and state is None:
-            vectors = load_word_vectors(config.embedding_path, vocabulary, config.dim)
-            for token, vector in vectors.items():
-                self.model.token_embedding.weight.data[token] = torch.from_numpy(vector)
+        if state is None:
+            load_initial_weights(self.model)
         self.optimizer = build_optimizer(self.model, config)
         parameters = sum(p.numel() for p in self.model.parameters())
         # Checkpoints from before the choice existed are of float32 where nothing was asked for.

@@ -424,6 +424,8 @@ def test_a_model_of_words_brings_its_vocabulary(tmp_path, name):
     result = run_cli(*command, "--eval_only", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["test_accuracy"] == 1.0
+    start = [f"initial_checkpoint=runs/run/{name}", "run_name=second"]
+    assert_refused(run_cli("--config", path, *start, cwd=tmp_path), name, "vocabulary")
 
 
 @pytest.mark.parametrize("vocabulary", [None, ["good", "bad"]])

@@ -107,6 +107,10 @@ def test_impossible_combinations_are_refused():
     assert tiny_config(
         **local, max_seq_len=128, num_segments=2, num_hidden=64, local_digits=3
     ).place_digits == [4, 4, 4]
+    with pytest.raises(ConfigError, match="brings word vectors of its own; set"):
+        tiny_config(
+            initial_checkpoint="best.pt", embedding_path="glove.txt", dataset="imdb", max_seq_len=64
+        )
     with pytest.raises(ConfigError, match="batch_size=1"):
         tiny_config(readout_norm="batch", batch_size=1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, run_cli, start_process, tiny_batch, tiny_config, wait_for
+from conftest import TINY, refusal, run_cli, start_process, tiny_batch, tiny_config, wait_for
 from safetensors.torch import load_file
 
 import train as train_module
@@ -23,7 +23,7 @@ from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
 from run.processes import Processes
-from train import amrb_backward, evaluate, settle_statistics, train
+from train import Trainer, amrb_backward, evaluate, settle_statistics, train
 from training.optimizer import build_optimizer, learning_rate_factor
 from utils import seed_step
 
@@ -137,6 +137,37 @@ def test_a_run_stopped_early_goes_on_to_the_full_length(tmp_path, listops_dir):
     train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10))
     train(run_config(tmp_path, listops_dir, "cut"), resume=True)
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, monkeypatch):
+    train(run_config(tmp_path, listops_dir, "first"))
+    changes = {"pooling": "memory", "astro_mem": False, "seed": 1}
+    changes["initial_checkpoint"] = str(tmp_path / "first" / "model.safetensors")
+    config = run_config(tmp_path, listops_dir, "whole", **changes)
+    begun = Trainer(config, resume=False).model.state_dict()
+    first = checkpoint.load(tmp_path / "first" / "best.pt")["model"]
+    assert all(torch.equal(begun[name], first[name]) for name in first)
+
+    train(config)
+    assert not torch.equal(outcome(tmp_path / "whole")[0]["memory"], first["memory"])
+    train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10, **changes))
+    # Gone on from its own weights, a run needs the others' no more.
+    monkeypatch.setattr(train_module, "load_initial_weights", None)
+    train(run_config(tmp_path, listops_dir, "cut", **changes), resume=True)
+    assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"initial_checkpoint": "none.pt"}, ["none.pt: no such checkpoint"]),
+    ({"num_memory_tokens": 3}, ["best.pt: its weights are another model's", "size mismatch"]),
+    ({"num_layers": 1}, ["best.pt: its weights are another model's", "layers.1"]),
+])
+def test_weights_of_another_model_are_no_start(tmp_path, listops_dir, changes, words):
+    train(run_config(tmp_path, listops_dir, "first"))
+    start = {"initial_checkpoint": str(tmp_path / "first" / "best.pt"), **changes}
+    line = refusal(train, run_config(tmp_path, listops_dir, "second", **start))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_checkpoint_alone_is_gone_on_from_in_another_folder(tmp_path, listops_dir):
