@@ -264,7 +264,7 @@ class Config(BaseModel):
 
     # Optimization
     # Weights to start from: a last.pt, a best.pt or a .safetensors; the optimizer starts anew.
-    initial_checkpoint: Annotated[str | None, Role(local=True)] = None
+    initial_checkpoint: str | None = None
     batch_size: Size = 32  # per process and backward pass
     accumulate: Size = 1  # backward passes per step
     max_steps: Size = 5_000

@@ -150,6 +150,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, monkeyp
 
     train(config)
     assert not torch.equal(outcome(tmp_path / "whole")[0]["memory"], first["memory"])
+    assert "initial_checkpoint:" in (tmp_path / "whole" / "README.md").read_text()  # the card
     train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10, **changes))
     # Gone on from its own weights, a run needs the others' no more.
     monkeypatch.setattr(train_module, "load_initial_weights", None)
