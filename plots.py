@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,12 +46,9 @@ class Finished(BaseModel):
 
 
 def draw_curves(arguments: argparse.Namespace) -> Figure:
-    # The folders' names, unless two of them are the same.
-    names = Counter(folder.name for folder in arguments.runs)
-    runs = {
-        folder.name if names[folder.name] == 1 else str(folder): folder
-        for folder in arguments.runs
-    }
+    # By the folders' names, with as much of their paths as tells runs of one name apart.
+    common = os.path.commonpath([folder.absolute().parent for folder in arguments.runs])
+    runs = {str(folder.absolute().relative_to(common)): folder for folder in arguments.runs}
     return curves_figure(runs)
 
 

@@ -14,11 +14,16 @@ from run.text import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# By lightness, dash and marker, so that colour is only a help. Colours: Okabe and Ito.
-COLORS = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")
-DASHES = ("-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
+# By lightness, dash and marker, so that colour is only a help; eight, as the paper compares eight
+# systems. Colours: Okabe and Ito, and a grey in the place of their yellow.
+COLORS = (
+    "#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#777777",
+)
+DASHES = (
+    "-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 1, 2, 1)),
+)
 MOST_MARKERS = 20  # on a curve, about
-MARKERS = ("o", "s", "^", "D", "v", "x", "*")
+MARKERS = ("o", "s", "^", "D", "v", "x", "*", "P")
 
 
 class PlotError(UserError, ValueError):
@@ -86,5 +91,9 @@ def curves_figure(runs: Mapping[str, Path]) -> Figure:
     accuracy_axes.set(xlabel="step", ylabel="validation accuracy (%)")
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
-    accuracy_axes.legend(loc="lower right", fontsize="small")
+    # Beside the axes, as no corner of them stays free of curves.
+    figure.legend(
+        *accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+        fontsize="small",
+    )
     return figure

@@ -156,8 +156,10 @@ def test_curves_of_several_runs_one_of_them_without_a_validation(tmp_path, train
     out = tmp_path / "both.svg"
     result = run_plots(trained / "runs/run", young, "--out", out)
     assert (result.returncode, result.stderr) == (0, "")
-    # Both runs are called `run`: what tells them apart is in the legend.
-    assert all(str(folder) in out.read_text() for folder in (young, trained / "runs/run"))
+    # Both runs are called `run`: as much of their paths as tells them apart is in the legend.
+    picture = out.read_text()
+    assert "young/run" in picture and "runs/run" in picture
+    assert str(tmp_path) not in picture
 
 
 def test_what_cannot_be_plotted_is_said_in_one_line(tmp_path, trained):

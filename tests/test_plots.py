@@ -11,6 +11,7 @@ from conftest import ROOT, assert_refused, run_script, tiny_batch, tiny_config
 from matplotlib import colors
 
 from attention.heads import Attention, join_heads
+from experiments.published import SYSTEMS
 from model import build_model
 from run.figures import COLORS, DASHES, MARKERS, line_styles
 from training.diagnostics import attention_rows
@@ -51,7 +52,7 @@ def test_rows_of_what_does_not_read_by_weights_are_refused():
 def test_lines_differ_without_their_colours():
     styles = [style for _, style in zip(range(len(DASHES)), line_styles(), strict=False)]
     assert len({(str(s["linestyle"]), s["marker"]) for s in styles}) == len(styles)
-    assert len(COLORS) == len(DASHES) == len(MARKERS)
+    assert len(COLORS) == len(DASHES) == len(MARKERS) == len(SYSTEMS)
     lightness = [sum(colors.to_rgb(color)) for color in COLORS[:3]]
     assert max(lightness) < 2  # the first ones are dark enough for white paper
 
