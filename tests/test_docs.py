@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import pytest
 from conftest import ROOT
+
+from experiments.published import ACCURACY, SYSTEMS
 
 README = ROOT / "README.md"
 PAGES = sorted(
@@ -71,25 +73,54 @@ def test_every_module_and_package_has_a_line():
     assert [name for name in modules + packages if f"`{name}`" not in rooms] == []
 
 
-def test_accuracies_are_those_of_the_runs():
-    """A row's system links to a folder that holds one summary, or one in a folder per seed.
+def summaries(folder: str) -> list[dict]:
+    """Of the run in `results/...`, or of one in a folder per seed."""
+    return [json.loads(path.read_text()) for path in (ROOT / folder).rglob("summary.json")]
 
-    A system for which the paper has no figure has no gap either.
-    """
+
+def assert_measured(figure: str, runs: list[dict]) -> None:
+    """`figure`: mean, and ± standard deviation where there are several seeds, in %."""
+    accuracies = [100 * run["test_accuracy"] for run in runs]
+    expected = [mean(accuracies), *([stdev(accuracies)] if len(runs) > 1 else [])]
+    assert [float(part) for part in figure.split("±")] == pytest.approx(expected, abs=0.0501)
+
+
+def test_the_longest_runs_are_those_of_results():
+    """A system for which the paper has no figure has no gap either."""
     rows = re.findall(
         r"^\| [\w ]+ \| \[[^]]+\]\(([^)]+)\) \|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$",
         section(README, "Results"), flags=re.M,
     )
     assert rows
-    for folder, *cells in rows:
-        runs = [json.loads(path.read_text()) for path in (ROOT / folder).rglob("summary.json")]
-        paper, ours, gap, seeds, steps = (
-            float(cell.split("±")[0].replace(",", "")) if cell.strip() else None for cell in cells
-        )
-        measured = 100 * mean(run["test_accuracy"] for run in runs)
-        assert ours == pytest.approx(measured, abs=0.0501), folder
-        if paper is None:
-            assert gap is None, folder
-        else:
-            assert gap == pytest.approx(measured - paper, abs=0.0501), folder
-        assert (seeds, {steps}) == (len(runs), {run["steps"] for run in runs}), folder
+    for folder, paper, ours, gap, seeds, steps in rows:
+        runs = summaries(folder)
+        assert_measured(ours, runs)
+        assert bool(paper.strip()) == bool(gap.strip()), folder
+        if paper.strip():
+            measured = 100 * mean(run["test_accuracy"] for run in runs)
+            assert float(gap) == pytest.approx(measured - float(paper), abs=0.0501), folder
+        assert (int(seeds), {int(steps.replace(",", ""))}) == (
+            len(runs), {run["steps"] for run in runs}
+        ), folder
+
+
+def test_the_systems_at_equal_steps_are_those_of_results():
+    """Each task's figures lie in `equal/`; one with a star ran fewer steps than its column."""
+    head, _, *rows = re.findall(r"^\|(.*)\|$", section(README, "Results").split("**Every")[1], re.M)
+    columns = [int(re.sub(r"\D", "", cell)) for cell in head.split("|")[1:]]
+    assert len(rows) == len(SYSTEMS) + 1  # RMT twice, once trained by AMRB
+    for row in rows:
+        for steps, cell in zip(columns, row.split("|")[1:], strict=True):
+            if not cell.strip():
+                continue  # not run
+            figure, folder, star, paper = re.fullmatch(
+                r" \[(.+)\]\((.+)\)(\\\*)?(?: / (.+))? ", cell
+            ).groups()
+            _, task, equal, system = folder.split("/")
+            runs = summaries(folder)
+            assert equal == "equal"
+            assert_measured(figure, runs)
+            for run in runs:
+                assert run["steps"] < steps if star else run["steps"] == steps, folder
+            if paper:
+                assert float(paper) == ACCURACY[system][task], folder
