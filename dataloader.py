@@ -86,8 +86,8 @@ def epoch_batches(
     `BUCKET_BATCHES` batches, and the batches are shuffled again.
     """
     random = np.random.default_rng([config.seed, epoch])
-    rows = random.permutation(len(split))
     B = batch_size or config.batch_size
+    rows = random.permutation(len(split))[: len(split) // B * B]  # before they are sorted
     if config.bucket_by_length:
         lengths = split.lengths.max(axis=1)
         window = B * BUCKET_BATCHES
@@ -95,7 +95,7 @@ def epoch_batches(
             part[np.argsort(lengths[part], kind="stable")]
             for part in np.split(rows, range(window, len(rows), window))
         ])
-    batches = rows[: len(rows) // B * B].reshape(-1, B)
+    batches = rows.reshape(-1, B)
     return random.permutation(batches, axis=0) if config.bucket_by_length else batches
 
 

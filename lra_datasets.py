@@ -30,7 +30,7 @@ from data.source_files import (
     rows,
     told,
 )
-from lra_config import VOCABULARY_WORDS, Config, WordTokenizer
+from lra_config import VOCABULARY_WORDS, Config, ConfigError, WordTokenizer
 from run.folders import whole_folder
 from run.terminal import log_line
 from run.text import one_line, shown
@@ -312,8 +312,15 @@ def open_dataset(config: Config) -> Reader:
     """The reader of `config.dataset`, with its files in place.
 
     Raises:
+        ConfigError: the images do not fit into `max_seq_len`.
         DataError: the files are not there, or only some of them, and cannot be generated.
     """
+    pixels = config.task.max_seq_len
+    if config.task.grey and config.max_seq_len < pixels:
+        raise ConfigError(
+            f"max_seq_len={config.max_seq_len} is less than the {pixels} pixels of an image of "
+            f"dataset={config.dataset}; leave it out"
+        )
     named = config.task.reader
     reader = (pkgutil.resolve_name(named) if isinstance(named, str) else named)(config)
     reader.prepare()
@@ -360,7 +367,8 @@ def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, n
     with told(path, "name a GloVe text file"):
         for where, line in rows(Path(path)):
             word, *values = line.decode("utf-8", "backslashreplace").split(" ")
-            if word not in ids:
+            # Some words of GloVe's hold spaces: what then follows the first part is no number.
+            if word not in ids or (len(values) > dim and not is_number(values[0])):
                 continue
             if len(values) != dim:
                 raise DataError(
@@ -370,6 +378,14 @@ def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, n
             with told(where, "fetch the file again"):
                 vectors[ids[word]] = finite_numbers(values)
     return vectors
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def finite_numbers(texts: list[str]) -> np.ndarray:

@@ -296,7 +296,7 @@ def start_of_positions(config: Config, length: int) -> Tensor:
     if not config.position_grid:
         return sinusoidal_positions(places, config.dim, torch.get_default_dtype())
     taken = config.place_width  # the first features are those of the code of places
-    grid = grid_positions(places, math.isqrt(config.max_seq_len), config.dim - taken)
+    grid = grid_positions(places, math.isqrt(config.task.max_seq_len), config.dim - taken)
     return F.pad(grid, (taken, 0))
 
 
@@ -532,7 +532,8 @@ class RMAAT(
             return memory_out.mean(dim=1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.pooling == "bright":
-            return torch.einsum("bs,bsd->bd", brightness(tokens).to(dtype), x.to(dtype))
+            # Not as a product of matrices, which autocast would take in its lower precision.
+            return (brightness(tokens)[..., None] * x).sum(dim=1, dtype=dtype)
         if mask is None:
             total, count = x.sum(dim=1, dtype=dtype), x.shape[1]
         else:

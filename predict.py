@@ -40,13 +40,14 @@ def load_trained(
         overrides: key to value, where `config` is None.
     Raises:
         CheckpointError: there is none at `path`, or it does not hold a model of ours.
-        ConfigError: the configuration asks for another model than the checkpoint's.
+        ConfigError: the configuration asks for another model than the checkpoint's, or by another
+            seed for other held-out examples.
     """
     state = checkpoint.read(path)
     saved = make_config(state.config, str(path))
     if config is None:
         config = make_config({**state.config, **(overrides or {})}, str(path))
-    for key in Config.keys("model"):
+    for key in (*Config.keys("model"), "seed"):  # it may have chosen what is held out
         ours, theirs = getattr(config, key), getattr(saved, key)
         if ours != theirs:
             raise ConfigError(

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.packing import DataError, PackedSplit, Reader, digest, load_splits
+from data.packing import (
+    DataError,
+    PackedSplit,
+    Reader,
+    digest,
+    holds_out_by_seed,
+    load_splits,
+)
 from dataloader import Batch, evaluation_batches, training_batches
 from footprint import check_fits
 from lra_config import Config, ConfigError
@@ -44,6 +51,7 @@ from run.state import (
     time_limit,
 )
 from run.terminal import log_line
+from run.text import shown
 from training.acceleration import (
     Graphed,
     GraphedBackward,
@@ -237,11 +245,12 @@ def settle_statistics(model: RMAAT, batches: Iterable[Batch]) -> None:
     model.train()
 
 
-def load_initial_weights(model: RMAAT) -> None:
+def load_initial_weights(model: RMAAT, reader: Reader) -> None:
     """Give a new model what its configuration names: a checkpoint's weights, or word vectors.
 
     Raises:
-        CheckpointError: `initial_checkpoint` cannot be read, or holds another model's weights.
+        CheckpointError: `initial_checkpoint` cannot be read, holds another model's weights, or has
+            trained on what is held out here.
         DataError: `embedding_path` cannot be read, or holds vectors of another width.
     """
     config = model.config
@@ -253,12 +262,33 @@ def load_initial_weights(model: RMAAT) -> None:
                 f"{path}: its vocabulary is not that of {config.data_dir}; start from a run on the "
                 "same data, or set initial_checkpoint=null"
             )
+        dataset, seed = (start.config.get(key) for key in ("dataset", "seed"))
+        if dataset == config.dataset and seed != config.seed and holds_out_by_seed(reader):
+            raise checkpoint.CheckpointError(
+                f"{path}: trained with seed={shown(seed)} on examples that seed={config.seed} "
+                f"holds out for its evaluations; set seed={shown(seed)}"
+            )
         with checkpoint.fitting(path):
             model.load_state_dict(start.model)
     if config.embedding_path:
         vectors = load_word_vectors(config.embedding_path, model.vocabulary, config.dim)
         for token, vector in vectors.items():
             model.token_embedding.weight.data[token] = torch.from_numpy(vector)
+
+
+def check_processes(config: Config, processes: Processes) -> None:
+    """Raise ConfigError where the run cannot be trained by so many processes."""
+    if config.readout_norm == "batch" and processes.world_size > 1:
+        raise ConfigError(
+            f"readout_norm=batch takes its statistics from one process, and there are "
+            f"{processes.world_size}; start one, or set readout_norm=none"
+        )
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Raise ConfigError where the device, or on the CPU the machine, cannot hold the training."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    check_fits(config, training=True, memory=free)
 
 
 class Trainer:
@@ -268,11 +298,7 @@ class Trainer:
         self.config = config
         self.stop_at = time_limit(config) if stop_at is None else stop_at
         self.processes = current_processes()
-        if config.readout_norm == "batch" and self.processes.world_size > 1:
-            raise ConfigError(
-                f"readout_norm=batch takes its statistics from one process, and there are "
-                f"{self.processes.world_size}; start one, or set readout_norm=none"
-            )
+        check_processes(config, self.processes)
         self.device = resolve_device(config)
         self.folder = config.run_dir
         self.progress = Progress()
@@ -282,13 +308,12 @@ class Trainer:
         state = self.processes.first_alone(lambda: self._claim_folder(resume))
 
         self.reader, self.splits = self.processes.first_alone(lambda: self._load_data(state))
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
-        check_fits(config, training=True, memory=free)
+        check_memory(config, self.device)
         seed_everything(config.seed)
         vocabulary = getattr(self.reader.tokenizer, "vocabulary", None)
         self.model = build_model(config, vocabulary).to(self.device)
         if state is None:
-            load_initial_weights(self.model)
+            load_initial_weights(self.model, self.reader)
         self.optimizer = build_optimizer(self.model, config)
         parameters = sum(p.numel() for p in self.model.parameters())
         # Checkpoints from before the choice existed are of float32 where nothing was asked for.
@@ -490,6 +515,7 @@ class Trainer:
             self._count(batches, results)
         else:
             self._report_nonfinite(learning_rate, loss, norm)
+            restore(self.model.head.buffers(), statistics)
         self.scaler.update()
         progress.step += 1
         return interrupted, is_due
@@ -608,7 +634,7 @@ class Trainer:
         if not self.is_writer:
             self.running.zero_()
             return
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not all(bool(x.isfinite().all()) for x in self.model.state_dict().values()):
             raise NonFiniteError(
                 f"step {self.progress.step}: weights are not finite; {self._last_good()}; lower "
                 "learning_rate"
@@ -641,6 +667,10 @@ class Trainer:
         metrics = self._evaluate("test", slices)
         if metrics is None:
             return None
+        lower = autocast_dtype(self.model.precision, self.device)
+        # A run that has reached its target may end between two lines of the log.
+        tokens = progress.tokens + int(self.running[2])
+        train_seconds = progress.train_seconds + progress.unlogged_seconds
         summary = Summary(
             dataset=config.dataset,
             test_accuracy=metrics.accuracy,
@@ -649,8 +679,8 @@ class Trainer:
             best_val_accuracy=progress.best_val_accuracy,
             best_step=progress.best_step,
             steps=progress.step,
-            seconds=round(progress.seconds, 1),
-            tokens_per_second=round(progress.tokens / max(progress.train_seconds, 1e-9)),
+            seconds=round(progress.seconds + progress.unlogged_seconds, 1),
+            tokens_per_second=round(tokens / max(train_seconds, 1e-9)),
             peak_memory_mib=round(peak_memory_mib(self.device), 1),
             parameters=sum(p.numel() for p in self.model.parameters()),
             seed=config.seed,
@@ -663,6 +693,7 @@ class Trainer:
             command=" ".join(sys.argv),
             versions=self.versions,
             test_slices=slices.shares(self.processes),
+            precision=str(lower or torch.float32).removeprefix("torch."),
             expected=self.overview.expected(),
         )
         if self.log is not None:
@@ -734,18 +765,24 @@ def train(config: Config, resume: bool = False, stop_at: float | None = None) ->
 
 
 def plan(config: Config) -> Overview:
-    """What `train` would say first. Data are read, or generated; no folder of a run is made.
+    """What `train` would say first of a new run.
+
+    Data are read, or generated; the run's folder and the weights or word vectors that it would
+    start from are not looked at.
 
     Raises:
-        ConfigError, DataError: as `train`.
+        ConfigError: the run cannot be trained here.
+        DataError: the data are missing or damaged.
     """
     device, processes = resolve_device(config), current_processes()
+    check_processes(config, processes)
 
     def load() -> tuple[Reader, dict[str, PackedSplit]]:
         reader = open_dataset(config)
         return reader, load_splits(reader)
 
     reader, splits = processes.first_alone(load)
+    check_memory(config, device)
     model = build_model(config, getattr(reader.tokenizer, "vocabulary", None)).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     model.precision = choose_manner(config, device, parameters, None).precision

@@ -107,6 +107,11 @@ def held_out_rows(num_examples: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     return np.sort(order[count:]), np.sort(order[:count])
 
 
+def holds_out_by_seed(reader: Reader) -> bool:
+    """Whether a seed chooses some of the examples that are not trained on."""
+    return not set(SPLITS) <= set(reader.parts)
+
+
 def load_splits(reader: Reader) -> dict[str, PackedSplit]:
     """The three splits, from the cache if their sources have not changed since.
 

@@ -34,6 +34,11 @@ from run.processes import current_processes
 from run.terminal import log_line
 from run.text import shown
 
+# What a run leaves in its folder beside its configuration and last.pt
+OF_A_RUN = (
+    "metrics.jsonl", "summary.json", "best.pt", "model.safetensors", "config.json", "README.md",
+    "curves.png", "wandb_id",
+)
 OUT_OF_TIME = 75  # exit status: EX_TEMPFAIL of sysexits.h, to be tried again
 
 
@@ -83,6 +88,7 @@ class Summary:
     versions: dict[str, str]  # when the run was started or resumed
     # Of the test split, `training.slices.Slices.shares`; runs of older versions have none.
     test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    precision: str = ""  # what `precision` came to; runs of older versions do not tell
     # What the run's first screen said it would take, `training.overview.Overview.expected`.
     expected: dict[str, float | None] = field(default_factory=dict)
 
@@ -113,6 +119,13 @@ class OptimizerState(BaseModel):
         dict[int, Annotated[dict[str, checkpoint.PlainTensor], Field(max_length=10)]],
         Field(max_length=checkpoint.MAX_TENSORS),
     ]
+
+
+class Best(checkpoint.Trained):
+    """A `best.pt`: the weights of the best validation so far."""
+
+    step: Count
+    val_accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
 class Resumable(checkpoint.Trained):
@@ -186,10 +199,14 @@ def load_state(config: Config) -> Resumable:
             f"{last} was saved by {state.processes} processes, these are {here}; resume with as "
             "many"
         )
-    best = config.run_dir / "best.pt"
-    if state.progress.best_step and not best.exists():
-        log_line(f"{best}: missing beside last.pt; the best weights are chosen from here on")
-        state.progress.best_val_accuracy, state.progress.best_step = -1.0, 0
+    path, progress = config.run_dir / "best.pt", state.progress
+    if path.exists():
+        # It may be of a validation after last.pt: what is tested in the end is what it holds.
+        best = checkpoint.read(path, Best)
+        progress.best_val_accuracy, progress.best_step = best.val_accuracy, best.step
+    elif progress.best_step:
+        log_line(f"{path}: missing beside last.pt; the best weights are chosen from here on")
+        progress.best_val_accuracy, progress.best_step = -1.0, 0
     return state
 
 
@@ -221,8 +238,8 @@ def begin_folder(config: Config, *, anew: bool) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = config.run_dir / "metrics.jsonl"
     if anew:
-        for stale in (log, config.run_dir / "summary.json"):
-            stale.unlink(missing_ok=True)
+        for name in OF_A_RUN:
+            (config.run_dir / name).unlink(missing_ok=True)
     elif log.exists():
         read_metrics(config.run_dir)
     with atomic_write(config.run_dir / "config.yaml", "w") as handle:

@@ -61,7 +61,7 @@ LONG = {"max_seq_len": 2048, "batch_size": 32, "max_steps": 100_000}
     (LONG, True, None, "bfloat16", False),
     (LONG, False, None, "float32", False),
     ({**LONG, "compile": True}, True, None, "bfloat16", True),
-    ({**LONG, "stop_after_steps": 10}, True, None, "float32", False),
+    ({**LONG, "stop_after_steps": 10}, True, None, "bfloat16", False),  # as it goes on
     (LONG, True, "float32", "float32", False),
     (LONG, True, "bfloat16", "bfloat16", False),
     (LONG, True, "auto", "float32", False),
@@ -225,6 +225,20 @@ def test_a_sick_step_can_be_skipped(listops_dir, tmp_path, capsys):
     assert all(t.isfinite().all() for t in trainer.model.state_dict().values())
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_skipped_step_leaves_the_statistics_of_the_readout_as_they_were(listops_dir, tmp_path):
+    trainer = Trainer(run_config(
+        tmp_path, listops_dir, on_nonfinite="skip", readout_norm="batch", bucket_by_length=False
+    ), resume=False)
+    before = trainer.model.head[0].running_mean.clone()
+    hook = trainer.model.head.register_forward_pre_hook(lambda _, inputs: inputs[0] / 0)
+    trainer.train_step()
+    hook.remove()
+    assert trainer.progress.skipped_steps == 1
+    assert torch.equal(trainer.model.head[0].running_mean, before)
+    trainer.train_step()
+    assert not torch.equal(trainer.model.head[0].running_mean, before)
 
 
 def test_a_learning_rate_beyond_all_reason_ends_with_one_line(listops_dir, tmp_path):

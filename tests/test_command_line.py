@@ -288,6 +288,7 @@ def test_evaluation_finds_what_the_training_reported(trained, arguments):
     (["--eval_only", "--checkpoint", "tiny.yaml"], ["tiny.yaml"]),
     (["--eval_only", "--checkpoint", "lonely/model.safetensors"], ["lonely/config.json"]),
     (["--eval_only", "--checkpoint", "runs/run/best.pt", "dim=32"], ["dim=32", "dim=16"]),
+    (["--eval_only", "--checkpoint", "runs/run/best.pt", "seed=1"], ["seed=1", "seed=0"]),
     (["--eval_only", "--config", "tiny.yaml", "--checkpoint", "runs/run/best.pt", "pooling=last"],
      ["pooling='last'", "pooling='mean'"]),
     (["--eval_only", "--config", "tiny.yaml", "run_name=none"], ["runs/none/best.pt"]),

@@ -165,6 +165,14 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(data, bucket):
     assert not np.array_equal(first, epoch_batches(split, tiny_config(seed=1), 0))
 
 
+def test_buckets_leave_no_example_out_for_good(data):
+    """Of what fills no batch it is not always the longest."""
+    split = load(data)
+    config = tiny_config(bucket_by_length=True, batch_size=64)
+    seen = {row for epoch in range(50) for row in epoch_batches(split, config, epoch).ravel()}
+    assert len(split) % 64 and seen == set(range(len(split)))
+
+
 def test_buckets_waste_less_padding(data):
     split = load(data)
 

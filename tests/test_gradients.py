@@ -83,8 +83,11 @@ def test_amrb_gradients_equal_bptt_under_every_switch(switch):
 
 
 @pytest.mark.parametrize("outer", [False, True], ids=["precision key", "autocast around the call"])
-def test_amrb_reaches_every_weight_under_autocast(outer):
-    config = tiny_config(precision="auto" if outer else "bfloat16")
+@pytest.mark.parametrize("read_out", [
+    {}, {"pooling": "last"}, {"pooling": "memory"}, {"pooling": "bright", "dataset": "cifar10"},
+], ids=str)
+def test_amrb_reaches_every_weight_under_autocast(read_out, outer):
+    config = tiny_config(precision="auto" if outer else "bfloat16", **read_out)
     batch = tiny_batch(config, [40, 17, 9])
 
     def autocast():

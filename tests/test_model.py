@@ -378,7 +378,7 @@ def test_position_grid_starts_the_learned_positions_beside_the_code_of_places(lo
     model = build_model(tiny_config(**GREY, **local, position_scale=2.0, position_grid=True))
     free = model.config.dim - model.config.place_width
     table = model.position_table.detach()
-    close(table[:, -free:], 2 * grid_positions(torch.arange(16), 4, free), 1e-6)
+    close(table[:, -free:], 2 * grid_positions(torch.arange(16), 32, free), 1e-6)
     assert not table[:, :-free].any()
 
 

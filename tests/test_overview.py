@@ -8,8 +8,13 @@ import pytest
 import torch
 from conftest import run_cli, tiny_batch, tiny_config, write_config
 
+import footprint
+import train as train_module
 from dataloader import Batch
+from footprint import weight_bytes
+from lra_config import ConfigError
 from model import build_model
+from run.processes import Processes
 from train import plan
 from training.cost import count_flop, flop_per_token
 from training.overview import duration, expected_seconds
@@ -45,6 +50,17 @@ def test_backpropagation_through_time_is_expected_to_take_more_memory(listops_di
     assert bptt.memory_mib > amrb.memory_mib + 5
     assert amrb.mflop_per_token > bptt.mflop_per_token
     assert amrb.tokens_per_step == bptt.tokens_per_step
+
+
+def test_a_plan_refuses_what_training_would(listops_dir, monkeypatch):
+    config = tiny_config(data_dir=str(listops_dir))
+    weights = weight_bytes(config)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 2 * weights)
+    with pytest.raises(ConfigError, match="in training"):
+        plan(config)
+    monkeypatch.setattr(train_module, "current_processes", lambda: Processes(0, 2))
+    with pytest.raises(ConfigError, match="readout_norm=batch"):
+        plan(tiny_config(data_dir=str(listops_dir), readout_norm="batch"))
 
 
 def test_time_grows_with_steps_and_evaluations():

@@ -219,9 +219,16 @@ def test_missing_data_say_how_to_get_them(dataset, tmp_path):
         open_dataset(small_config(dataset, tmp_path))
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "pathfinder32"])
+def test_an_image_is_not_cut(dataset, tmp_path):
+    with pytest.raises(ConfigError, match="max_seq_len=512 is less than the 1024 pixels"):
+        open_dataset(small_config(dataset, tmp_path, max_seq_len=512, num_segments=4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_word_vectors_are_read_by_word_and_checked(tmp_path):
     path = tmp_path / "glove.txt"
-    path.write_text("film 1 2\nother 3 4\n")
+    path.write_text("film 1 2\nother 3 4\na word 5 6\n")
     vectors = load_word_vectors(str(path), ["a", "film"], dim=2)
     assert list(vectors) == [3] and vectors[3].tolist() == [1, 2]
     with pytest.raises(DataError, match="row 1: has 2 values, dim=3"):

@@ -23,7 +23,14 @@ from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
 from run.processes import Processes
-from train import Trainer, amrb_backward, evaluate, settle_statistics, train
+from train import (
+    Trainer,
+    amrb_backward,
+    evaluate,
+    load_initial_weights,
+    settle_statistics,
+    train,
+)
 from training.optimizer import build_optimizer, learning_rate_factor
 from utils import seed_step
 
@@ -96,6 +103,7 @@ def test_a_run_leaves_its_folder_as_promised(tmp_path, listops_dir):
     written = json.loads((folder / "summary.json").read_text())
     assert written["test_accuracy"] == summary.test_accuracy
     assert written["data"] == "generated" and written["steps"] == 12
+    assert written["precision"] == "float32"
     assert written["examples"] == {"train": 200, "val": 20, "test": 20}
     assert {"best_val_accuracy", "seconds", "tokens_per_second", "peak_memory_mib", "parameters",
             "seed", "versions"} <= set(written)
@@ -139,6 +147,25 @@ def test_a_run_stopped_early_goes_on_to_the_full_length(tmp_path, listops_dir):
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_a_resumed_run_names_the_step_of_the_weights_that_it_tests(tmp_path, listops_dir):
+    """A kill can come between a new best.pt and the next last.pt."""
+    train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=10))
+    best = tmp_path / "cut" / "best.pt"
+    state = checkpoint.load(best)
+    checkpoint.save(best, {**state, "step": 11, "val_accuracy": 1.0})
+    summary = train(run_config(tmp_path, listops_dir, "cut"), resume=True)
+    assert (summary.best_step, summary.best_val_accuracy) == (11, 1.0)
+
+
+def test_a_run_begun_anew_keeps_nothing_of_the_one_before(tmp_path, listops_dir):
+    config = run_config(tmp_path, listops_dir, "run")
+    train(config)
+    (tmp_path / "run" / "wandb_id").write_text("of the run before")
+    (tmp_path / "run" / "last.pt").unlink()
+    Trainer(config, resume=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
 def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, monkeypatch):
     train(run_config(tmp_path, listops_dir, "first"))
     changes = {"pooling": "memory", "astro_mem": False, "seed": 1}
@@ -156,6 +183,17 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, monkeyp
     monkeypatch.setattr(train_module, "load_initial_weights", None)
     train(run_config(tmp_path, listops_dir, "cut", **changes), resume=True)
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_weights_that_have_seen_what_is_held_out_are_no_start(tmp_path, listops_dir, monkeypatch):
+    train(run_config(tmp_path, listops_dir, "first"))
+    start = {"initial_checkpoint": str(tmp_path / "first" / "best.pt"), "seed": 1}
+    model = build_model(run_config(tmp_path, listops_dir, "second", **start))
+    reader = open_dataset(model.config)
+    load_initial_weights(model, reader)  # ListOps has its own validation and test files
+    reader.parts = ("train", "test")
+    line = refusal(load_initial_weights, model, reader)
+    assert "best.pt: trained with seed=0" in line and "set seed=0" in line
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -194,6 +232,14 @@ def test_a_run_ends_at_the_first_validation_that_reaches_its_target(tmp_path, li
     missed = run_config(tmp_path, listops_dir, "reached", target_accuracy=1.0)
     assert train(missed, resume=True).steps == missed.max_steps
     assert_same_outcome(tmp_path / "reached", tmp_path / "whole")
+
+
+def test_a_run_that_reaches_its_target_between_lines_of_the_log_counts_all_its_steps(
+    tmp_path, listops_dir
+):
+    config = run_config(tmp_path, listops_dir, "run", target_accuracy=1e-9, log_interval=100)
+    summary = train(config)
+    assert summary.steps < config.max_steps and summary.tokens_per_second > 0
 
 
 @pytest.mark.parametrize(("changes", "expected"), [

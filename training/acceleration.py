@@ -110,7 +110,7 @@ def choose_manner(
     asked, compiled = config.precision, config.compile
     if device.type == "cuda":
         return Manner(asked, compiled is not False)
-    flop = 8 * parameters * config.last_step * config.accumulate  # forward, backward and replay
+    flop = 8 * parameters * config.max_steps * config.accumulate  # forward, backward and replay
     is_long = flop * config.batch_size * config.max_seq_len >= LONG_RUN
     if asked == "auto" and begun is not None:
         precision = "float32" if begun == "auto" else begun  # auto: it was begun on CUDA
