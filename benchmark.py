@@ -159,7 +159,9 @@ def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str
 
     is_long = config.max_seq_len >= LONG
     batch = random_batch(config, config.max_seq_len)
-    warm_up = random_batch(config, 2 * config.segment_len) if is_long else batch
+    warm_up = batch
+    if is_long:
+        warm_up = random_batch(config, min(2 * config.segment_len, config.max_seq_len))
     compile_seconds = None
     if config.compile is True:
         started = time.perf_counter()
@@ -299,7 +301,7 @@ def measure_in_turn(
         }
         tokens = request["batch_size"] * request["seq_len"]
         row["tokens_per_second"] = tokens / row["step_seconds"]
-        if with_rate and "gflop" in row:
+        if with_rate and "gflop" in row and config.precision == "float32":  # as the rate is
             row["matmul_share"] = row["gflop"] / row["step_seconds"] / statistics.median(rates)
         rows.append(row)
     return rows
@@ -456,6 +458,13 @@ COMMANDS = {
 }
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         prog="benchmark.py", description=__doc__,
@@ -468,8 +477,8 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         if name != "replay":
             command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
-        command.add_argument("--seq_lens", nargs="+", type=int, default=lengths)
-        command.add_argument("--segment_len", type=int, default=512)
+        command.add_argument("--seq_lens", nargs="+", type=positive, default=lengths)
+        command.add_argument("--segment_len", type=positive, default=512)
         command.add_argument("--repeats", type=int, choices=range(1, 100), default=3, metavar="N")
         command.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
     commands.add_parser("serve")
@@ -508,7 +517,7 @@ def main() -> int:
         })
         if arguments.what == "scaling":
             plot_scaling(rows, arguments.json.with_suffix(".png"))
-    return 0
+    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

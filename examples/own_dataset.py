@@ -22,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is a rep
 import run_train
 from data.inspection import Layout
 from data.packing import DataError
+from data.source_files import told
 from lra_config import TASKS, ByteTokenizer, Task
 from lra_datasets import Example, FileReader
 from run.files import atomic_write
 
 CLASSES = ("asks", "states")
+csv.field_size_limit(16 * 2**20)  # characters of a text
 
 
 class CsvFile(FileReader):
@@ -47,14 +49,17 @@ class CsvFile(FileReader):
     def examples(self, part: str) -> Iterator[Example]:
         """Yield the bytes of each text, cut to `max_seq_len`, and the number of its class."""
         (path,) = self.sources(part)
-        with open(path, encoding="utf-8", newline="") as file:
+        # Bytes that are no UTF-8 stay what they are.
+        with told(path, self.advice), open(
+            path, encoding="utf-8", errors="surrogateescape", newline=""
+        ) as file:
             for number, row in enumerate(csv.DictReader(file), start=2):
                 text, label = row.get("text"), row.get("label")
                 if not text or label not in CLASSES:
                     raise DataError(
                         f"{path} row {number}: needs a text and a label of {', '.join(CLASSES)}"
                     )
-                document = self.tokenizer.encode(text.encode())
+                document = self.tokenizer.encode(text.encode(errors="surrogateescape"))
                 yield (document[: self.config.max_seq_len],), CLASSES.index(label)
 
 

@@ -7,7 +7,7 @@
 
 OUT/rows.jsonl receives each row as soon as it is measured, failures included; a further call goes
 on where the last one ended and does what failed again. OUT/tables.md is written at every end. The
-stage `train` keeps its unfinished runs in OUT/runs.tar.
+stage `train`, which stands alone, keeps its cells, finished or not, in OUT/runs.tar.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import select
 import shutil
 import signal
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 from experiments import published
 from experiments.tables import markdown, ratio_table
 from run.files import atomic_write
+from run.program import run_program
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("listops", "image", "text", "retrieval")
@@ -159,8 +159,9 @@ class Rows:
         self.path = out / "rows.jsonl"
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            row = json.loads(line)
-            self.rows[row["stage"], row["name"]] = row
+            with contextlib.suppress(ValueError):  # of the last line, which a kill cut short
+                row = json.loads(line)
+                self.rows[row["stage"], row["name"]] = row
 
     def is_done(self, job: Job) -> bool:
         return "answer" in self.rows.get((job.stage, job.name), {})
@@ -324,30 +325,32 @@ def killed_and_resumed(device: str, out: Path, *, smoke: bool) -> None:
     shutil.rmtree(out / "data", ignore_errors=True)
 
 
-def train_cells(out: Path, device: str, minutes: float) -> int:
+def train_cells(out: Path, device: str, minutes: float, *, smoke: bool) -> int:
     """Go on with the cells of the accuracy table until the time is up."""
-    archive, runs = out / "runs.tar", ROOT / "runs"
+    archive, cells = out / "runs.tar", ROOT / "runs" / "reproduce"
     if archive.exists():
         with tarfile.open(archive) as tar:
-            tar.extractall(ROOT, filter="data")
+            absent = [m for m in tar.getmembers() if not (ROOT / m.name).exists()]
+            tar.extractall(ROOT, absent, filter="data")
     command = [
-        sys.executable, str(ROOT / "reproduce.py"), "accuracy", "--budget", "full",
-        "--device", device,
+        sys.executable, str(ROOT / "reproduce.py"), "accuracy",
+        "--budget", "smoke" if smoke else "full", "--device", device,
     ]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT)
     try:
         status = process.wait(timeout=60 * minutes)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # the run saves and leaves
+        process.terminate()  # it hands the signal on, and the run saves and leaves
         status = process.wait(timeout=120)
-    kept = [path for path in sorted(runs.rglob("*")) if path.name in
+    kept = [path for path in sorted(cells.rglob("*")) if path.name in
             ("last.pt", "best.pt", "metrics.jsonl", "config.yaml")]
-    kept += sorted((ROOT / "results").rglob("summary.json"))
+    kept += [path for path in sorted((ROOT / "results" / "reproduce").rglob("*")) if path.is_file()]
     with atomic_write(archive) as handle, tarfile.open(fileobj=handle, mode="w") as tar:
         for path in kept:
             tar.add(path, path.relative_to(ROOT))
     if archive.stat().st_size > CHECKPOINT_LIMIT:
-        print(f"{archive} exceeds {CHECKPOINT_LIMIT // 2**20} MiB; remove finished runs from runs/")
+        print(f"{archive} exceeds {CHECKPOINT_LIMIT // 2**20} MiB; remove finished runs from "
+              f"{cells}")
     return status
 
 
@@ -379,8 +382,10 @@ def main() -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     out = arguments.out.resolve()
-    if arguments.stage == ["train"]:
-        return train_cells(out, arguments.device, arguments.minutes)
+    if "train" in (arguments.stage or ()):
+        if len(arguments.stage) > 1:
+            parser.error("--stage train stands alone; call it apart from the others")
+        return train_cells(out, arguments.device, arguments.minutes, smoke=arguments.smoke)
     failed = campaign(
         out, arguments.device, arguments.stage, arguments.minutes, smoke=arguments.smoke
     )
@@ -389,4 +394,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("gpu_campaign", main))

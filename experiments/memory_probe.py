@@ -51,7 +51,7 @@ def collect_memories(
             memory = left[min(t, len(left)) - 1]
             memories[t].append(memory.reshape(len(batch.labels), -1).float().cpu())
         answers.append(batch.labels.cpu())
-        first_tokens.append(batch.tokens[:: model.num_sequences, 0].cpu())
+        first_tokens.append(batch.tokens[:, 0].cpu())
     features = {t: torch.cat(rows).numpy() for t, rows in memories.items()}
     questions = {"answer": answers, "first token": first_tokens}
     return features, {name: torch.cat(rows).numpy() for name, rows in questions.items()}

@@ -79,7 +79,7 @@ def _train_side_by_side(
                 if not running:
                     return
                 time.sleep(POLL_SECONDS)
-                if received:  # before the children, which a terminal's signal reaches as well
+                if received:
                     raise SweepStopped("interrupted; go on with --resume", 128 + received[0])
                 if time.monotonic() >= stop_at:
                     raise SweepStopped("max_minutes are over; go on with --resume", OUT_OF_TIME)
@@ -102,10 +102,11 @@ def _start(config: Config, command: Sequence[str], slot: int, jobs: int) -> subp
     output = config.run_dir / OUTPUT
     log_line(f"{config.run_dir}: started, prints to {output}")
     with open(output, "w") as handle:
-        # This program, which may have registered a data set of its own.
+        # This program, which may have registered a data set of its own. In a session of its own: a
+        # terminal's signal would reach it besides ours, and a second one ends it at once.
         return subprocess.Popen(
             [sys.executable, sys.argv[0], *command, "--resume"],
-            stdout=handle, stderr=subprocess.STDOUT,
+            stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, **_share(config, slot, jobs)},
         )
 

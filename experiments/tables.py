@@ -134,7 +134,7 @@ def ratio_table(
                 (r for r in here if r["system"] == reference),
                 key=lambda r: r["num_segments"] != row.get("num_segments"),
             )
-            ours = ratio(row.get(value), candidates[0][value] if candidates else None)
+            ours = ratio(row.get(value), candidates[0].get(value) if candidates else None)
             figure = figures.get(row["system"], {}).get(task)
             theirs = ratio(figure, figures[reference][task])
             rows.append([

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, called, gradients_of, tiny_batch, tiny_config
+from conftest import ROOT, assert_refused, called, gradients_of, tiny_batch, tiny_config
 
 import benchmark
 from lra_config import load_config
@@ -100,6 +100,17 @@ def test_rows_of_one_process_fail_alone(monkeypatch):
     assert rows[1]["step_seconds"] == 2.0 and rows[1]["reserved_mib"] == 3.0
 
 
+@pytest.mark.parametrize("option", ["--segment_len", "--seq_lens"])
+def test_a_length_is_one_at_least(tmp_path, option):
+    assert_refused(run_benchmark("memory", option, "0", cwd=tmp_path), option, "less than 1")
+
+
+def test_a_long_sequence_in_one_segment_is_measured(monkeypatch):
+    monkeypatch.setattr(benchmark, "LONG", 64)
+    row = {"system": "RLT", "seq_len": 64, "segment_len": 64, "device": "cpu", "batch_size": 1}
+    assert benchmark.measure(**row)["step_seconds"] > 0
+
+
 def test_scaling_draws_its_plot(tmp_path, rows_in_this_process):
     result = run_benchmark(
         "scaling", *SMALL, "--seq_lens", "64", "128", "--json", "s.json", cwd=tmp_path
@@ -117,7 +128,7 @@ def test_a_row_that_fails_is_named_and_the_others_stay(monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "in_fresh_process", child)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "memory", "--seq_lens", "1024"])
-    assert benchmark.main() == 0
+    assert benchmark.main() == 1
     captured = capsys.readouterr()
     assert "RMT, 1024 tokens: killed by signal 9" in captured.err
     assert captured.out.count("| 2,000 |") == len(benchmark.MEMORY_SYSTEMS) - 1

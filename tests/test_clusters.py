@@ -97,14 +97,22 @@ def test_a_failing_run_beside_others_ends_them_all(tmp_path, listops_dir):
     assert not (tmp_path / "runs/run_learning_rate0.001/summary.json").exists()
 
 
-def test_a_signal_ends_runs_side_by_side_with_their_checkpoints(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir, max_steps=100_000)
-    process = start_process("run_train.py", "--config", path, "seed=0,1", "--jobs", 2, cwd=tmp_path)
+@pytest.mark.parametrize(("send", "number"), [
+    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # a terminal's reaches the whole group
+], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_runs_side_by_side_with_their_checkpoints(
+    tmp_path, listops_dir, send, number
+):
+    path = write_config(tmp_path, listops_dir, max_steps=100_000, checkpoint_interval=100_000)
+    process = start_process(
+        "run_train.py", "--config", path, "seed=0,1", "--jobs", 2, cwd=tmp_path,
+        start_new_session=True,
+    )
     folders = [tmp_path / f"runs/run_seed{seed}" for seed in (0, 1)]
     wait_for(process, lambda: all((f / "metrics.jsonl").exists() for f in folders))
-    process.send_signal(signal.SIGTERM)
+    send(process.pid, number)
     result = finished(process)
-    assert result.returncode == 143
+    assert result.returncode == 128 + number
     assert result.stderr == "run_train.py: interrupted; go on with --resume\n"
     for folder in folders:
         assert (folder / "last.pt").exists() and read_metrics(folder)

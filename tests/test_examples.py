@@ -34,11 +34,12 @@ def test_a_data_set_of_ones_own_is_swept_side_by_side_and_predicted(tmp_path):
 @pytest.mark.parametrize(("content", "words"), [
     ("text,label\nabc,asks\nabc,shouts\n", ["examples.csv row 3", "asks, states"]),
     ("words,label\nabc,asks\n", ["examples.csv row 2"]),
+    ("text,label\nabc\xff,asks\n" + "d" * 200_000 + ",states\n,asks\n", ["examples.csv row 4"]),
 ])
 def test_a_wrong_row_of_the_file_is_named(tmp_path, content, words):
     file = tmp_path / "datasets/own/examples.csv"
     file.parent.mkdir(parents=True)
-    file.write_text(content)
+    file.write_text(content, encoding="latin-1")
     assert_refused(own_dataset(*QUICK, cwd=tmp_path), *words)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, called, run_cli, write_config
+from conftest import assert_refused, called, run_cli, tiny_config, write_config
 
-from data.packing import load_splits
+from data.packing import PackedSplit, load_splits
 from dataloader import collate
 from experiments import memory_probe
 from lra_config import load_config
@@ -37,6 +37,16 @@ def test_memories_and_questions_are_of_the_same_examples(
         assert asked["first token"][index] == batch.tokens[0, 0]
         found.append(index)
     assert sorted(found) == list(range(7))
+
+
+def test_of_a_pair_encoded_apart_the_first_document_is_asked_for() -> None:
+    config = tiny_config(dataset="aan", document_pair="separate", max_seq_len=64)
+    tokens = np.arange(10, 10 + 3 * 8, dtype=np.uint8)
+    starts = np.arange(6).reshape(3, 2) * 4
+    split = PackedSplit(tokens, starts, np.full((3, 2), 4), np.array([0, 1, 1]), offset=1)
+    memories, asked = memory_probe.collect_memories(build_model(config).eval(), split, [1])
+    assert len(memories[1]) == 3
+    assert asked["first token"].tolist() == [11, 19, 27] and asked["answer"].tolist() == [0, 1, 1]
 
 
 def test_the_command_probes_a_start_and_a_finished_run(

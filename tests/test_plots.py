@@ -13,6 +13,7 @@ from matplotlib import colors
 from attention.heads import Attention, join_heads
 from experiments.published import SYSTEMS
 from model import build_model
+from plots import Finished, mean_accuracy
 from run.figures import COLORS, DASHES, MARKERS, line_styles
 from training.diagnostics import attention_rows
 
@@ -55,6 +56,12 @@ def test_lines_differ_without_their_colours():
     assert len(COLORS) == len(DASHES) == len(MARKERS) == len(SYSTEMS)
     lightness = [sum(colors.to_rgb(color)) for color in COLORS[:3]]
     assert max(lightness) < 2  # the first ones are dark enough for white paper
+
+
+def test_more_seeds_on_the_same_examples_make_no_smaller_error():
+    run = Finished(steps=1, test_accuracy=0.4, examples={"test": 2400})
+    for runs in ([run], 3 * [run]):
+        assert mean_accuracy(runs) == pytest.approx((40, 1))
 
 
 @pytest.mark.parametrize("arguments", [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -15,7 +16,7 @@ from conftest import ROOT, run_script, start_process, tiny_batch, wait_for
 import reproduce
 from experiments import published
 from experiments.tables import Measured, accuracy_table, average, markdown, ratio_table
-from lra_config import load_config, read_mapping
+from lra_config import Config, load_config, read_mapping
 from model import build_model
 from train import amrb_backward, bptt_backward, train
 
@@ -60,14 +61,26 @@ def test_an_ablation_changes_one_thing(task):
     segment_len = {"text": 256, "retrieval": 512}.get(task)
     for name in reproduce.ablations(task):
         changed = {key for key, value in values(name).items() if value != base[key]}
-        allowed = {"rlt_amrb": 2}.get(name, 1)
         if name.startswith("segments"):
             changed.discard("num_hidden")  # of the local start: as many as a segment has tokens
         if name.startswith("segments") and task in ("text", "retrieval"):
             assert changed <= {"num_segments", "max_seq_len"}
             assert values(name)["max_seq_len"] // values(name)["num_segments"] == segment_len
+        elif name == "rlt_amrb":
+            rlt = json.loads(
+                reproduce.outcome_key(reproduce.Cell("accuracy", "full", task, "rlt", 0).config())
+            )
+            assert values(name) == {**rlt, "memory_replay_backprop": True}
         else:
-            assert len(changed) <= allowed, name
+            assert len(changed) <= 1, name
+
+
+@pytest.mark.parametrize("task", published.TASKS)
+def test_at_keeps_nothing_of_the_local_start(task):
+    config = reproduce.Cell("accuracy", "full", task, "at", 0).config()
+    for key in ("num_hidden", "hebbian_scale", "decay_scale", "position_basis", "position_scale",
+                "position_lr_factor"):
+        assert getattr(config, key) == Config.model_fields[key].default, key
 
 
 def test_the_read_outs_cross_tokens_and_factor():
@@ -123,16 +136,19 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(tmp_path, listops_dir, 
     assert len(found["listops", "rmaat"].summaries) == 1
 
 
-def test_a_signal_is_handed_on_and_the_run_saved(tmp_path, listops_dir):
+@pytest.mark.parametrize(("send", "number"), [
+    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # a terminal's reaches the whole group
+], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_is_handed_on_and_the_run_saved(tmp_path, listops_dir, send, number):
     place = "reproduce/accuracy/short/listops/rmaat/seed0"
     process = start_process(
         "reproduce.py", "accuracy", "--tasks", "listops", "--systems", "rmaat", "--budget", "short",
-        "--data_dir", listops_dir, cwd=tmp_path,
+        "--data_dir", listops_dir, cwd=tmp_path, start_new_session=True,
     )
     wait_for(process, (tmp_path / "runs" / place / "metrics.jsonl").exists)
-    process.send_signal(signal.SIGTERM)
+    send(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     assert len(errors.splitlines()) == 1 and "goes on from here" in errors
     assert (tmp_path / "runs" / place / "last.pt").exists()
     assert not (tmp_path / "results" / place).exists()
@@ -153,6 +169,7 @@ def test_a_dry_run_prints_each_missing_run_once_and_does_nothing(tmp_path, monke
 @pytest.mark.parametrize(("arguments", "words"), [
     (["accuracy", "--tasks", "listop"], ["--tasks listop", "listops, text"]),
     (["accuracy", "--systems", "rmtt"], ["--systems rmtt", "rmt, rmaat"]),
+    (["accuracy", "--tasks", ","], ["--tasks names nothing"]),
     (["ablations", "--systems", "alpha_9"], ["--systems alpha_9", "alpha_0.25"]),
     (["accuracy", "--seeds", "0-2"], ["--seeds 0-2", "0,1,2"]),
 ])
