@@ -88,7 +88,8 @@ def test_a_table_changes_the_mechanism_and_leaves_width_depth_and_budget(system)
         "attention_type", "num_memory_tokens", "num_segments", "astro_mem", "hebbian_sigmoid",
         "memory_replay_backprop", "nystrom_landmarks", "nystrom_iterations", "nystrom_conv",
         # Of the local start, which some tasks give RMAAT, and in the place of its code of places
-        "num_hidden", "position_basis", "position_embedding", "position_scale",
+        "num_hidden", "position_basis", "position_embedding", "position_scale", "decay_scale",
+        "hebbian_scale", "position_lr_factor",
     }
     assert set(table) <= mechanism
 
