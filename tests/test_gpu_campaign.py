@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import tarfile
 
 import pytest
 from conftest import called
 
 from experiments import gpu_campaign
-from experiments.gpu_campaign import Job, Measurer, Rows, campaign, jobs, tables
+from experiments.gpu_campaign import (
+    Job,
+    Measurer,
+    Rows,
+    campaign,
+    jobs,
+    tables,
+    train_cells,
+)
 
 ROW = {"seq_len": 64, "segment_len": 32, "device": "cpu", "batch_size": 1}
 
@@ -107,3 +116,36 @@ def test_without_a_gpu_it_says_how_to_rehearse(tmp_path):
     result = called(gpu_campaign.main, tmp_path, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "--smoke" in result.stderr
+
+
+def test_the_training_stage_keeps_its_cells_and_overwrites_nothing(tmp_path, monkeypatch):
+    root, out = tmp_path / "root", tmp_path / "out"
+    root.mkdir()
+    out.mkdir()
+    monkeypatch.setattr(gpu_campaign, "ROOT", root)
+    (root / "reproduce.py").write_text(
+        "import pathlib, sys\n"
+        "for name in ('runs/reproduce/a/last.pt', 'results/reproduce/b/summary.json',\n"
+        "             'runs/own/last.pt'):\n"
+        "    path = pathlib.Path(name)\n"
+        "    path.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    path.write_text(' '.join(sys.argv))\n"
+    )
+    assert train_cells(out, "cpu", 1, smoke=True) == 0
+    unfinished = root / "runs/reproduce/a/last.pt"
+    finished = root / "results/reproduce/b/summary.json"
+    assert "--budget smoke" in unfinished.read_text()
+    with tarfile.open(out / "runs.tar") as tar:
+        assert {root / name for name in tar.getnames()} == {unfinished, finished}
+
+    (root / "reproduce.py").write_text("")
+    unfinished.write_text("newer")
+    finished.unlink()
+    assert train_cells(out, "cpu", 1, smoke=True) == 0
+    assert unfinished.read_text() == "newer" and finished.exists()
+
+
+def test_the_training_stage_stands_alone(tmp_path):
+    command = [tmp_path / "out", "--device", "cpu", "--stage", "train", "--stage", "memory"]
+    result = called(gpu_campaign.main, *command, cwd=tmp_path)
+    assert result.returncode == 2 and "stands alone" in result.stderr
