@@ -17,14 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.packing import (
-    DataError,
-    PackedSplit,
-    Reader,
-    digest,
-    holds_out_by_seed,
-    load_splits,
-)
+from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_seed, load_splits
 from dataloader import Batch, evaluation_batches, training_batches
 from footprint import check_fits
 from lra_config import Config, ConfigError

@@ -34,6 +34,12 @@ TINY = {
 }
 
 
+# Of a process in a session of its own.
+ENDING_SIGNALS = pytest.mark.parametrize(("send", "number"), [
+    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # a terminal's reaches the whole group
+], ids=["SIGTERM", "Ctrl-C"])
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, and GPUs for those tests alone that ask for them; so for processes they start."""
     torch.set_num_threads(1)  # small tensors gain nothing by more, and sums would round otherwise

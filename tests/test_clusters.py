@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import (
+    ENDING_SIGNALS,
     ROOT,
     assert_refused,
     finished,
@@ -97,9 +97,7 @@ def test_a_failing_run_beside_others_ends_them_all(tmp_path, listops_dir):
     assert not (tmp_path / "runs/run_learning_rate0.001/summary.json").exists()
 
 
-@pytest.mark.parametrize(("send", "number"), [
-    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # a terminal's reaches the whole group
-], ids=["SIGTERM", "Ctrl-C"])
+@ENDING_SIGNALS
 def test_a_signal_ends_runs_side_by_side_with_their_checkpoints(
     tmp_path, listops_dir, send, number
 ):

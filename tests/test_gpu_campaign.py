@@ -9,15 +9,7 @@ import pytest
 from conftest import called
 
 from experiments import gpu_campaign
-from experiments.gpu_campaign import (
-    Job,
-    Measurer,
-    Rows,
-    campaign,
-    jobs,
-    tables,
-    train_cells,
-)
+from experiments.gpu_campaign import Job, Measurer, Rows, campaign, jobs, tables, train_cells
 
 ROW = {"seq_len": 64, "segment_len": 32, "device": "cpu", "batch_size": 1}
 

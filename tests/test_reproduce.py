@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 import shutil
-import signal
 import sys
 
 import pytest
-from conftest import ROOT, run_script, start_process, tiny_batch, wait_for
+from conftest import ENDING_SIGNALS, ROOT, run_script, start_process, tiny_batch, wait_for
 
 import reproduce
 from experiments import published
@@ -136,9 +134,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(tmp_path, listops_dir, 
     assert len(found["listops", "rmaat"].summaries) == 1
 
 
-@pytest.mark.parametrize(("send", "number"), [
-    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # a terminal's reaches the whole group
-], ids=["SIGTERM", "Ctrl-C"])
+@ENDING_SIGNALS
 def test_a_signal_is_handed_on_and_the_run_saved(tmp_path, listops_dir, send, number):
     place = "reproduce/accuracy/short/listops/rmaat/seed0"
     process = start_process(

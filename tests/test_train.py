@@ -23,14 +23,7 @@ from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
 from run.processes import Processes
-from train import (
-    Trainer,
-    amrb_backward,
-    evaluate,
-    load_initial_weights,
-    settle_statistics,
-    train,
-)
+from train import Trainer, amrb_backward, evaluate, load_initial_weights, settle_statistics, train
 from training.optimizer import build_optimizer, learning_rate_factor
 from utils import seed_step
 
