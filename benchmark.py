@@ -42,7 +42,7 @@ from train import StepResult, amrb_backward, bptt_backward
 from training.acceleration import GraphedBackward, compile_model, resolve_device
 from training.cost import count_flop
 from training.meters import Stopwatch, count_kernels
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizers
 from training.replay import BudgetedReplay
 from utils import first_line, hardware, peak_memory_mib, reset_peak_memory, versions
 
@@ -140,10 +140,11 @@ def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str
     device = resolve_device(config)
     torch.manual_seed(0)
     model = build_model(config).to(device)
-    optimizer = build_optimizer(model, config)
+    optimizers = build_optimizers(model, config).values()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # creates its state
+    for optimizer in optimizers:
+        optimizer.step()  # creates its state
     backward = eager
     if config.cuda_graphs is True:
         backward = GraphedBackward(backward)
@@ -152,9 +153,10 @@ def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str
 
     def step(batch: Batch) -> Stopwatch:
         watch = Stopwatch(device)
-        optimizer.zero_grad(set_to_none=config.cuda_graphs is not True)  # as a run does
+        model.zero_grad(set_to_none=config.cuda_graphs is not True)  # as a run does
         backward(model, batch)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return watch.stop()
 
     is_long = config.max_seq_len >= LONG

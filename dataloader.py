@@ -6,8 +6,9 @@ a step is found from the step's number alone.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def epoch_batches(
 
 
 def training_batches(
-    split: PackedSplit,
+    stages: PackedSplit | Mapping[int, PackedSplit],
     config: Config,
     device: torch.device,
     start_step: int = 0,
@@ -112,9 +113,34 @@ def training_batches(
 
     A step's examples are the same however they are divided among processes and accumulation.
 
+    Args:
+        stages: a split; or, by the step from which each is used, the splits of a curriculum.
     Raises:
-        ConfigError: the split holds fewer examples than one step.
+        ConfigError: a split holds fewer examples than one step.
     """
+    if isinstance(stages, PackedSplit):
+        stages = {0: stages}
+    ends = [*list(stages)[1:], None]
+    for (first, split), end in zip(stages.items(), ends, strict=True):
+        if end is not None and start_step >= end:
+            continue
+        steps = stage_batches(
+            split, config, device, start_step - first, processes, whole_segments=whole_segments
+        )
+        yield from itertools.islice(steps, None if end is None else end - start_step)
+        start_step = end or 0
+
+
+def stage_batches(
+    split: PackedSplit,
+    config: Config,
+    device: torch.device,
+    start_step: int,
+    processes: Processes,
+    *,
+    whole_segments: bool,
+) -> Iterator[list[Batch]]:
+    """Yield the steps of one split from `start_step` on, without an end. Raises ConfigError."""
     size = config.batch_size * config.accumulate * processes.world_size
     per_epoch = len(split) // size
     if not per_epoch:

@@ -8,6 +8,7 @@ line that names the key, the value and what is allowed.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -162,6 +163,7 @@ def _known_dataset(name: str) -> str:
 
 Dataset = Annotated[str, AfterValidator(_known_dataset)]
 
+PathfinderSplit = Literal["baseline", "intermediate", "hard"]
 LARGEST = 2**53  # of what is counted: exact as a float, too
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -205,6 +207,9 @@ class Config(BaseModel):
     # Data
     dataset: Model[Dataset]
     data_dir: Place[str] = "datasets"
+    # pathfinder32: contours of 14, 9 or 6 paddles; or a curriculum, the step from which each split
+    # is used for training. A curriculum ends with, and is evaluated on, the hard split.
+    pathfinder_split: PathfinderSplit | dict[PathfinderSplit, Count] = "hard"
     download: Manner[bool] = False  # fetch CIFAR-10 or IMDb when they are not there
     max_seq_len: Model[Size]  # after padding to whole segments; null: the task table's
     document_pair: Model[Literal["joint", "separate"]] = "joint"  # aan: one sequence, or one each
@@ -239,6 +244,9 @@ class Config(BaseModel):
     position_scale: Positive | None = None
     # Those sinusoids are of rows and columns of an image; false: of places in the sequence
     position_grid: bool = False
+
+    # Extension: a residual depthwise 3 x 3 convolution over pixels in front of each attention
+    token_mixer: Model[Literal["none", "conv3x3"]] = "none"
 
     # Terms of the astromorphic attention
     num_hidden: Model[Size | None] = None  # m of a head [paper: free]; null: the head's width
@@ -276,6 +284,9 @@ class Config(BaseModel):
     max_minutes: Place[Positive | None] = None
     # Seconds that processes wait for each other; the others wait while the first one packs.
     process_timeout: Place[Annotated[float, Field(gt=0, le=10**6)]] = 10_800.0
+    # muon: torch.optim.Muon for the matrices of the encoder layers, AdamW for the rest; unpublished
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_lr_factor: Positive = 3.0  # learning rate of Muon over that of AdamW
     learning_rate: Positive = 1e-3
     warmup_steps: Count = 200
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -406,6 +417,8 @@ class Config(BaseModel):
             raise ValueError(
                 f"pooling=bright weighs pixels, and dataset={self.dataset} has none; use mean"
             )
+        self._check_token_mixer()
+        self._check_pathfinder_split()
         if self.token_embedding == "ordinal" and self.task.tokenizer is not ByteTokenizer:
             raise ValueError(
                 f"token_embedding=ordinal needs ids in an order, the tokens of dataset="
@@ -456,6 +469,42 @@ class Config(BaseModel):
         }
         return [key for key, role in roles.items() if getattr(role, attribute)]
 
+    def _check_token_mixer(self) -> None:
+        if self.token_mixer == "none":
+            return
+        if not self.task.grey or self.max_seq_len != self.task.max_seq_len:
+            raise ValueError(
+                f"token_mixer=conv3x3 needs the pixels of an image, and dataset={self.dataset} has "
+                f"max_seq_len={self.max_seq_len}; use it with cifar10 or pathfinder32 and their "
+                "own length"
+            )
+        if self.segment_len % self.image_width:
+            raise ValueError(
+                f"token_mixer=conv3x3 needs segments of whole rows, and num_segments="
+                f"{self.num_segments} cuts the {self.image_width} rows; use a divisor"
+            )
+
+    def _check_pathfinder_split(self) -> None:
+        curriculum = self.pathfinder_split
+        if curriculum != "hard" and self.dataset != "pathfinder32":
+            raise ValueError(
+                f"pathfinder_split={shown(curriculum)} chooses contours of pathfinder32, and "
+                f"dataset={self.dataset}; set it to hard"
+            )
+        if isinstance(curriculum, str):
+            return
+        starts = list(curriculum.values())
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+            raise ValueError(
+                f"pathfinder_split={shown(curriculum)} does not start at step 0 and rise; give "
+                "{baseline: 0, intermediate: 5000, hard: 8000}, say"
+            )
+        if list(curriculum)[-1] != "hard":
+            raise ValueError(
+                f"pathfinder_split={shown(curriculum)} does not end with hard, on which a "
+                "curriculum is evaluated; add hard"
+            )
+
     def _check_local_start(self) -> None:
         m, S = self.num_hidden or self.dim // self.num_heads, self.segment_len
         if self.place_width >= self.dim:
@@ -495,6 +544,22 @@ class Config(BaseModel):
     def place_width(self) -> int:
         """How many features the code of places takes, the first ones; 0 without the local start."""
         return sum(self.place_digits) + 1 if self.reads_neighbours else 0
+
+    @property
+    def training_splits(self) -> dict[str, int]:
+        """Pathfinder's splits in the order of training, and the step from which each is used."""
+        splits = self.pathfinder_split
+        return {splits: 0} if isinstance(splits, str) else splits
+
+    @property
+    def evaluated_split(self) -> str:
+        """The Pathfinder split that is validated and tested."""
+        return list(self.training_splits)[-1]
+
+    @property
+    def image_width(self) -> int:
+        """Pixels in a row of the task's square images."""
+        return math.isqrt(self.task.max_seq_len)
 
     @property
     def task(self) -> Task:

@@ -19,8 +19,17 @@ from pydantic import Field
 from data.cifar_batch import read_batch
 from data.inspection import AAN_COLUMNS, LAYOUTS, LISTOPS_HEADER, Layout, generation_record
 from data.listops import generate_listops
-from data.packing import DataError, Reader, cached_json, fingerprint, held_out_rows
+from data.packing import (
+    DataError,
+    PackedSplit,
+    Reader,
+    cached_json,
+    fingerprint,
+    held_out_rows,
+    load_splits,
+)
 from data.pathfinder import generate_pathfinder
+from data.pathfinder_scenes import DIFFICULTIES
 from data.source_files import (
     MAX_BATCH,
     MAX_IMAGE,
@@ -253,6 +262,19 @@ class Pathfinder32(FileReader):
     layout = LAYOUTS["pathfinder32"]
     advice = "restore it, or remove the whole folder to have it generated"
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.folder = self._split_folder()
+
+    def _split_folder(self) -> Path:
+        """The folder of the configured split, beside that of the hard one."""
+        hard = self.layout.folder(self.config.data_dir)
+        return hard.with_name(DIFFICULTIES[self.config.evaluated_split].folder)
+
+    def key(self) -> dict[str, Any]:
+        split = self.config.evaluated_split
+        return {} if split == "hard" else {"pathfinder_split": split}
+
     def sources(self, part: str) -> list[Path]:
         return sorted(super().sources(part), key=lambda path: (len(path.name), path.name))
 
@@ -260,8 +282,10 @@ class Pathfinder32(FileReader):
         if not self.folder.is_dir():
             log_line(f"no Pathfinder images in {self.folder}: generating them")
             with contextlib.suppress(FileExistsError):  # another process has done so meanwhile
-                generate_pathfinder(self.config.data_dir, seed=0)
-            self.folder = self.layout.folder(self.config.data_dir)
+                generate_pathfinder(
+                    self.config.data_dir, seed=0, split=self.config.evaluated_split
+                )
+            self.folder = self._split_folder()
         super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
@@ -325,6 +349,24 @@ def open_dataset(config: Config) -> Reader:
     reader = (pkgutil.resolve_name(named) if isinstance(named, str) else named)(config)
     reader.prepare()
     return reader
+
+
+def training_stages(config: Config, splits: dict[str, PackedSplit]) -> dict[int, PackedSplit]:
+    """The training examples by the step from which they are used.
+
+    One stage, unless `pathfinder_split` is a curriculum.
+
+    Args:
+        splits: of the data set that `config` is evaluated on.
+    """
+    stages = {}
+    for name, first in config.training_splits.items():
+        if name == config.evaluated_split:
+            stages[first] = splits["train"]
+        else:
+            easier = config.model_copy(update={"pathfinder_split": name})
+            stages[first] = load_splits(open_dataset(easier))["train"]
+    return stages
 
 
 def download_cifar10(folder: Path) -> None:

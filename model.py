@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
 from attention.dropout import derive_keys, draw_seed, dropout
+from attention.token_mixer import ImageConvolution
 from footprint import check_fits
 from lra_config import PADDING_ID, Config, make_config
 from run import checkpoint
@@ -75,6 +76,11 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.token_mixer = None
+        if config.token_mixer == "conv3x3":
+            self.token_mixer = ImageConvolution(
+                config.dim, config.num_memory_tokens, config.image_width
+            )
         self.attention = ATTENTION[config.attention_type](config)
         self.attention_norm = nn.LayerNorm(config.dim)
         self.expand = nn.Linear(config.dim, config.ffn_dim)
@@ -89,6 +95,8 @@ class EncoderLayer(nn.Module):
         keys: Sequence[Tensor | None],
     ) -> Tensor:
         """Encode x (B, N, D); the keys decide the dropout masks, None drops nothing."""
+        if self.token_mixer is not None:
+            x = self.token_mixer(x)
         attended = dropout(self.attention(x, mask, positions), self.dropout, keys[0])
         x = self.attention_norm(x + attended)
         M = self.attention.num_pass_through_rows

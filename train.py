@@ -21,7 +21,7 @@ from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_se
 from dataloader import Batch, evaluation_batches, training_batches
 from footprint import check_fits
 from lra_config import Config, ConfigError
-from lra_datasets import load_word_vectors, open_dataset
+from lra_datasets import load_word_vectors, open_dataset, training_stages
 from model import RMAAT, SegmentRecurrent, autocast_dtype, build_model
 from run import checkpoint
 from run.figures import curves_figure, save_figure
@@ -55,7 +55,12 @@ from training.acceleration import (
 )
 from training.diagnostics import inspect_model
 from training.gradients import GradientSums, shared_weights
-from training.optimizer import build_optimizer, learning_rate_factor, restore_optimizer
+from training.optimizer import (
+    build_optimizers,
+    learning_rate_factor,
+    restore_optimizers,
+    set_learning_rate,
+)
 from training.overview import Overview, duration, expected_seconds, look_ahead
 from training.replay import BudgetedReplay
 from training.slices import Slices
@@ -307,7 +312,7 @@ class Trainer:
         self.model = build_model(config, vocabulary).to(self.device)
         if state is None:
             load_initial_weights(self.model, self.reader)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         parameters = sum(p.numel() for p in self.model.parameters())
         # Checkpoints from before the choice existed are of float32 where nothing was asked for.
         begun = None if state is None else state.precision or "float32"
@@ -324,7 +329,8 @@ class Trainer:
         if state is not None:
             with checkpoint.fitting(self.folder / "last.pt"):
                 self.model.load_state_dict(state.model)
-                restore_optimizer(self.optimizer, state.optimizer.state)
+                saved = {name: s.state for name, s in state.optimizer.items()}
+                restore_optimizers(self.optimizers, saved)
                 if float16 and state.scaler:  # it may go on from another device's precision
                     self.scaler.load_state_dict(state.scaler)
                 if self.is_writer:  # it holds the sums of all processes
@@ -335,7 +341,7 @@ class Trainer:
         self.graphed = uses_cuda_graphs(config, self.device)
         self.model.fixed_shapes = self.compiled or self.graphed
         self.steps = training_batches(
-            self.splits["train"], config, self.device, self.progress.step, self.processes,
+            self.stages, config, self.device, self.progress.step, self.processes,
             whole_segments=self.model.fixed_shapes,
         )
         self.upcoming = next(self.steps)  # the batches of the next step
@@ -370,7 +376,8 @@ class Trainer:
     def _load_data(self, state: Resumable | None) -> tuple[Reader, dict[str, PackedSplit]]:
         reader = open_dataset(self.config)
         splits = load_splits(reader)
-        self.data_digest = digest(splits)
+        self.stages = training_stages(self.config, splits)
+        self.data_digest = digest(splits, self.stages)
         if state is not None and state.data not in (None, self.data_digest):
             raise DataError(
                 f"{self.config.data_dir}: {self.config.dataset} is not what "
@@ -472,10 +479,8 @@ class Trainer:
         """
         config, progress, batches = self.config, self.progress, self.upcoming
         seed_step(config.seed, progress.step, self.processes.rank)
-        learning_rate = config.learning_rate * learning_rate_factor(progress.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["factor"]
-        self.optimizer.zero_grad(set_to_none=not self.graphed)
+        learning_rate = set_learning_rate(self.optimizers, progress.step, config)
+        self.model.zero_grad(set_to_none=not self.graphed)
         scale = 1 / len(batches)
         if self.scaler.is_enabled():
             scale = self.scaler.scale(torch.full((), scale, device=self.device))
@@ -493,7 +498,8 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         flags = [torch.full_like(loss, flag) for flag in (unfinished, interrupted, is_due)]
         loss, *flags = self.processes.average_gradients(parameters, torch.stack([loss, *flags]))
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         # The one wait for the device in a step: weights are not touched by a sick one.
         loss, norm, *flags = torch.stack([loss, norm.to(loss), *flags]).tolist()
@@ -502,9 +508,12 @@ class Trainer:
             restore(self.model.head.buffers(), statistics)
             self._leave()
         self.gradient_norm = norm
-        # The overflows of float16 are the scaler's: it leaves their steps out and scales less.
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
-            self.scaler.step(self.optimizer)
+        if math.isfinite(loss) and math.isfinite(norm):
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self._count(batches, results)
+        elif math.isfinite(loss) and self.scaler.is_enabled():
+            # An overflow of float16: the step is left out, and the scaler scales less from here on.
             self._count(batches, results)
         else:
             self._report_nonfinite(learning_rate, loss, norm)
@@ -634,7 +643,8 @@ class Trainer:
             )
         checkpoint.save(
             self.folder / "last.pt",
-            {**self.model.state(), "optimizer": self.optimizer.state_dict(),
+            {**self.model.state(),
+             "optimizer": {name: o.state_dict() for name, o in self.optimizers.items()},
              "precision": self.model.precision,
              "scaler": self.scaler.state_dict(), "processes": self.processes.world_size,
              "progress": dataclasses.asdict(self.progress), "running": self.running,
@@ -717,7 +727,7 @@ class Trainer:
     def _last_batches(self, count: int) -> Iterator[Batch]:
         """One training batch of each of the last `count` steps."""
         steps = training_batches(
-            self.splits["train"], self.config, self.device, max(self.progress.step - count, 0),
+            self.stages, self.config, self.device, max(self.progress.step - count, 0),
             self.processes, whole_segments=self.model.fixed_shapes,
         )
         return (batches[0] for batches in itertools.islice(steps, count))

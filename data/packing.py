@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -292,11 +292,13 @@ def _pack(reader: Reader, part: str, folder: Path) -> None:
         reader.skipped = skipped_before
 
 
-def digest(splits: dict[str, PackedSplit]) -> str:
+def digest(splits: dict[str, PackedSplit], stages: Mapping[int, PackedSplit]) -> str:
     """A fingerprint of what a run trains and tests on: tokens, labels and rows of each split."""
-    tokens = {id(split.tokens): split.tokens for split in splits.values()}  # often shared
+    # The last stage trains on splits["train"].
+    trained = [*splits.values(), *list(stages.values())[:-1]]
+    tokens = {id(split.tokens): split.tokens for split in trained}  # often shared
     result = hashlib.sha256()
-    for split in splits.values():
+    for split in trained:
         for array in (split.starts, split.lengths, split.labels):
             result.update(np.ascontiguousarray(array).data)
     for array in tokens.values():

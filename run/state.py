@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -121,6 +121,11 @@ class OptimizerState(BaseModel):
     ]
 
 
+def _by_name(optimizer: Any) -> Any:
+    is_adamw = isinstance(optimizer, dict) and "state" in optimizer
+    return {"adamw": optimizer} if is_adamw else optimizer
+
+
 class Best(checkpoint.Trained):
     """A `best.pt`: the weights of the best validation so far."""
 
@@ -131,7 +136,8 @@ class Best(checkpoint.Trained):
 class Resumable(checkpoint.Trained):
     """A `last.pt`: all that an unbroken run would have at that step."""
 
-    optimizer: OptimizerState
+    # By name; older checkpoints hold AdamW's state alone.
+    optimizer: Annotated[dict[str, OptimizerState], BeforeValidator(_by_name)]
     scaler: Annotated[dict[str, int | float], Field(max_length=10)]
     processes: Size
     progress: Annotated[Progress, BeforeValidator(lambda values: Progress(**values))]
@@ -141,8 +147,9 @@ class Resumable(checkpoint.Trained):
 
     def tensors(self) -> dict[str, Tensor]:
         moments = {
-            f"optimizer.{index}.{name}": tensor
-            for index, values in self.optimizer.state.items() for name, tensor in values.items()
+            f"optimizer.{optimizer}.{index}.{name}": tensor
+            for optimizer, saved in self.optimizer.items()
+            for index, values in saved.state.items() for name, tensor in values.items()
         }
         return {**self.model, **moments, "running": self.running}
 
