@@ -37,8 +37,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from run.figures import new_figure, save_figure
-from run.program import Parser, run_program
-from run.terminal import print_result
+from run.program import Parser, print_result, run_program
 
 SAMPLES_PER_PHASE = 60  # a cycle has two phases: input on, then off
 TABLE_SEGMENTS = (2, 4, 8, 16)  # values of T shown by the command line

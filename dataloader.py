@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from data.packing import PackedSplit
-from lra_config import PADDING_ID, Config, ConfigError
+from data.tasks import PADDING_ID
+from lra_config import Config, ConfigError
 from run.processes import ALONE, Processes
 
 BUCKET_BATCHES = 50  # batches that are sorted by length together

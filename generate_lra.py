@@ -15,10 +15,7 @@ from data.listops import TEST, TRAIN, VAL, generate_listops
 from data.pathfinder import IMAGES, generate_pathfinder
 from data.pathfinder_scenes import DIFFICULTIES
 from data.review_pairs import generate_review_pairs
-from run.program import Parser, run_program
-from run.signals import end_by_exception
-from run.terminal import log_line
-from run.text import UserError
+from run.program import Parser, UserError, end_by_exception, log_line, run_program
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,10 +39,10 @@ from data.source_files import (
     rows,
     told,
 )
-from lra_config import VOCABULARY_WORDS, Config, ConfigError, WordTokenizer
-from run.folders import whole_folder
-from run.terminal import log_line
-from run.text import one_line, shown
+from data.tasks import VOCABULARY_WORDS, WordTokenizer
+from lra_config import Config, ConfigError
+from run.files import whole_folder
+from run.program import log_line, one_line, shown
 
 GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
 Example = tuple[tuple[np.ndarray, ...], int]
@@ -340,7 +340,7 @@ def open_dataset(config: Config) -> Reader:
         DataError: the files are not there, or only some of them, and cannot be generated.
     """
     pixels = config.task.max_seq_len
-    if config.task.grey and config.max_seq_len < pixels:
+    if config.task.is_image and config.max_seq_len < pixels:
         raise ConfigError(
             f"max_seq_len={config.max_seq_len} is less than the {pixels} pixels of an image of "
             f"dataset={config.dataset}; leave it out"
@@ -390,49 +390,3 @@ def download_imdb(folder: Path) -> None:
         for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
             path = folder / labels[row["label"]] / f"{number}_{row['label']}.txt"
             path.write_text(row["text"], encoding="utf-8")
-
-
-def load_word_vectors(path: str, vocabulary: list[str], dim: int) -> dict[int, np.ndarray]:
-    """Read the vectors of the vocabulary's words from GloVe's text format.
-
-    Args:
-        path: a file of lines `word v_1 ... v_dim`.
-        vocabulary: the words, in the order of their ids.
-        dim: width of the embedding.
-    Returns:
-        Token id to vector (dim,) float32, for the words found.
-    Raises:
-        DataError: the file cannot be read, or its vectors have another width.
-    """
-    ids = {word: i for i, word in enumerate(vocabulary, start=WordTokenizer.unknown_id + 1)}
-    vectors = {}
-    with told(path, "name a GloVe text file"):
-        for where, line in rows(Path(path)):
-            word, *values = line.decode("utf-8", "backslashreplace").split(" ")
-            # Some words of GloVe's hold spaces: what then follows the first part is no number.
-            if word not in ids or (len(values) > dim and not is_number(values[0])):
-                continue
-            if len(values) != dim:
-                raise DataError(
-                    f"{where}: has {len(values)} values, dim={dim}; set dim to the width of the "
-                    "vectors"
-                )
-            with told(where, "fetch the file again"):
-                vectors[ids[word]] = finite_numbers(values)
-    return vectors
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def finite_numbers(texts: list[str]) -> np.ndarray:
-    """float32 (n,) of their texts. Raises ValueError."""
-    numbers = np.array(texts, dtype=np.float32)
-    if not np.isfinite(numbers).all():
-        raise ValueError("holds a number that is not finite")
-    return numbers

@@ -20,7 +20,7 @@ shapes may differ from segment to segment, it is not run for that sample (`Segme
 
 Read-out. `pooling: mean` is the mean over all real tokens of all segments, without memory rows;
 `last` the mean over the real tokens of the last segment that holds one; `memory` the mean of the M
-memory rows that leave that segment, before the factor; `bright`, of images, the sum of all rows,
+memory rows that leave that segment, before the factor; `intensity`, of images, the sum of all rows,
 each times (grey level / 255)^8, so that a few bright pixels, such as Pathfinder's markers, are not
 lost among hundreds of dim ones. A sequence without a real token reads out zero (`RMAAT.encode`
 takes each segment's share, `RMAAT.combine` joins them).
@@ -45,8 +45,9 @@ from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
 from attention.dropout import derive_keys, draw_seed, dropout
 from attention.token_mixer import ImageConvolution
+from data.tasks import PADDING_ID
 from footprint import check_fits
-from lra_config import PADDING_ID, Config, make_config
+from lra_config import Config, make_config
 from run import checkpoint
 from run.files import write_json
 from utils import (
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 HUB_ARGUMENTS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
-BRIGHT_POWER = 8  # of a grey level under `pooling: bright`: a half counts 1 / 256
+INTENSITY_POWER = 8  # of a grey level under `pooling: intensity`: a half counts 1 / 256
 READOUT_MOMENTUM = 0.02  # of the running statistics that `readout_norm: batch` evaluates with
 
 
@@ -299,18 +300,18 @@ class PairLinear(nn.Linear):
 
 
 def start_of_positions(config: Config, length: int) -> Tensor:
-    """The sinusoids (length, D) that learned positions start from, `position_scale` apart."""
+    """The sinusoids (length, D) that learned positions start from, before `position_init_scale`."""
     places = torch.arange(length)
-    if not config.position_grid:
+    if config.position_init == "sinusoidal":
         return sinusoidal_positions(places, config.dim, torch.get_default_dtype())
-    taken = config.place_width  # the first features are those of the code of places
+    taken = config.position_code_width  # the first features are those of the code of places
     grid = grid_positions(places, math.isqrt(config.task.max_seq_len), config.dim - taken)
     return F.pad(grid, (taken, 0))
 
 
-def brightness(tokens: Tensor) -> Tensor:
-    """The weight of each pixel under `pooling: bright`; ids are grey levels + 1, 0 is padding."""
-    return ((tokens - 1).clamp_min(0) / 255).pow(BRIGHT_POWER)
+def intensity(tokens: Tensor) -> Tensor:
+    """The weight of each pixel under `pooling: intensity`; ids are levels + 1, 0 is padding."""
+    return ((tokens - 1).clamp_min(0) / 255).pow(INTENSITY_POWER)
 
 
 def build_head(config: Config) -> nn.Module:
@@ -378,8 +379,8 @@ class RMAAT(
         if self.position_embedding == "learned":
             L = T * self.segment_len
             table = 0.02 * torch.randn(L, config.dim)
-            if config.position_scale:
-                table = config.position_scale * start_of_positions(config, L)
+            if config.position_init != "noise":
+                table = config.position_init_scale * start_of_positions(config, L)
             self.position_table = nn.Parameter(table)
         elif config.position_embedding == "sinusoidal":
             waves, turns = sinusoidal_segments(T, self.segment_len, config.dim)
@@ -396,7 +397,7 @@ class RMAAT(
             self.token_embedding.weight.data[PADDING_ID + 1 :] = ordinal_embedding(
                 config.task.tokenizer.vocab_size - 1, config.dim
             )
-        if config.reads_neighbours:
+        if config.copies_neighbors:
             self._start_place_code()
 
     def positions(self) -> Tensor | None:
@@ -500,7 +501,7 @@ class RMAAT(
         So the code reaches every layer, where `AstromorphicAttention` starts to read neighbours.
         """
         S, D = self.segment_len, self.config.dim
-        digits = self.config.place_digits
+        digits = self.config.position_code_digits
         self.place_code = digit_positions(torch.arange(S), D, digits)  # (S, D)
         used = self.place_code.any(dim=0)
         self.token_embedding.weight.data[:, used] = 0
@@ -535,13 +536,13 @@ class RMAAT(
     def _read_out(
         self, memory_out: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """(B, D): the real rows' sum (`mean`, `bright`) or mean (`last`), or the memory's mean."""
+        """(B, D): the rows' sum (`mean`, `intensity`) or mean (`last`), or the memory's mean."""
         if self.pooling == "memory":
             return memory_out.mean(dim=1)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.pooling == "bright":
+        if self.pooling == "intensity":
             # Not as a product of matrices, which autocast would take in its lower precision.
-            return (brightness(tokens)[..., None] * x).sum(dim=1, dtype=dtype)
+            return (intensity(tokens)[..., None] * x).sum(dim=1, dtype=dtype)
         if mask is None:
             total, count = x.sum(dim=1, dtype=dtype), x.shape[1]
         else:
@@ -556,12 +557,12 @@ class RMAAT(
             readouts: one (B, D) per segment that ran, in order.
             mask: (B, L) bool of the sequence; None if every one of those segments is whole.
         Returns:
-            (B, D): the mean over real tokens (`mean`), the sum of the read-outs (`bright`), or the
-            one of the last segment that holds a real token (`last`, `memory`); zero for a sequence
-            without a real token.
+            (B, D): the mean over real tokens (`mean`), the sum of the read-outs (`intensity`), or
+            the one of the last segment that holds a real token (`last`, `memory`); zero for a
+            sequence without a real token.
         """
         stacked = torch.stack(list(readouts), dim=1)  # (B, T, D)
-        if self.pooling == "bright":
+        if self.pooling == "intensity":
             return stacked.sum(dim=1)
         if self.pooling == "mean":
             if mask is None:

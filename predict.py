@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from data.packing import DataError, PackedSplit, Tokenizer, load_splits
+from data.tasks import ByteTokenizer, WordTokenizer
 from dataloader import collate, evaluation_batches
 from footprint import weight_bytes
-from lra_config import ByteTokenizer, Config, ConfigError, WordTokenizer, make_config
+from lra_config import Config, ConfigError, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
 from run import checkpoint
 from run.checkpoint import CheckpointError
 from run.processes import current_processes
+from run.program import shown
 from run.state import NonFiniteError
-from run.text import shown
 from train import evaluate
 from training.acceleration import resolve_device
 from training.slices import Slices
@@ -185,7 +186,7 @@ def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.n
 
 
 def _encode(text: bytes, config: Config, tokenizer: Tokenizer) -> np.ndarray:
-    if config.task.grey:
+    if config.task.is_image:
         return _grey_values(text, config.task.max_seq_len)
     if isinstance(tokenizer, ByteTokenizer):
         return tokenizer.encode(text)

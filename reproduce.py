@@ -30,17 +30,9 @@ from typing import Any
 
 from experiments import published
 from experiments.tables import Measured, ablation_table, accuracy_table, ratio_table
-from lra_config import (
-    Config,
-    ConfigError,
-    UserError,
-    dump_config,
-    load_config,
-    read_mapping,
-)
+from lra_config import Config, ConfigError, UserError, dump_config, load_config, read_mapping
 from run.files import atomic_write, write_json
-from run.program import Parser, run_program
-from run.signals import caught_signals
+from run.program import Parser, caught_signals, run_program
 
 ROOT = Path(__file__).parent
 RESULTS, RUNS = Path("results"), Path("runs")
@@ -55,7 +47,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "max_steps": 3, "warmup_steps": 1, "eval_interval": 3, "batch_size": 8, "dim": 16,
         "num_layers": 1, "num_heads": 2, "ffn_dim": 16,
-        "num_hidden": None, "position_basis": "localised",  # a local start needs more features
+        "num_hidden": None, "basis_init": "landmarks",  # a local start needs more features
     },
 }
 REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
@@ -97,7 +89,7 @@ def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
         if base.task.truncated:
             values["max_seq_len"] = T * base.segment_len
         S = values.get("max_seq_len", base.max_seq_len) // T
-        if base.reads_neighbours and S != base.segment_len:
+        if base.copies_neighbors and S != base.segment_len:
             values["num_hidden"] = S  # the local start has a neuron for each token
         rows[f"segments_{T}"] = (f"{T} segments of {S}", values)
     return rows

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run.signals import end_at_once, end_by_exception
+from run.program import end_at_once, end_by_exception
 
 # What takes time to load is imported where it is needed: torch, a second, once the command line and
 # the configuration have been found right, the rest once a signal ends the program with one line.
@@ -72,18 +72,18 @@ def main() -> int:
 
 
 def command() -> None:
-    carry_out, process_timeout = checked_command(parse_arguments())
+    carry_out = checked_command(parse_arguments())
     for library in ("predict", "experiments.sweep"):  # with torch, which they need
         importlib.import_module(library)
     from run.processes import joined_processes
     from training.acceleration import told_out_of_memory
 
     end_by_exception()
-    with told_out_of_memory(), joined_processes(process_timeout):
+    with told_out_of_memory(), joined_processes():
         carry_out()
 
 
-def checked_command(arguments: argparse.Namespace) -> tuple[Callable[[], None], float]:
+def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
     """What the arguments ask for, its configuration read and validated.
 
     Returns:
@@ -93,8 +93,8 @@ def checked_command(arguments: argparse.Namespace) -> tuple[Callable[[], None], 
         EnvironmentMistake: the environment is none that a launcher leaves.
     """
     from experiments.grid import load_runs
-    from lra_config import Config, ConfigError
-    from run.environment import launched_processes
+    from lra_config import ConfigError
+    from run.program import launched_processes
 
     several = launched_processes().world_size > 1
     predicts = arguments.predict is not None
@@ -106,10 +106,9 @@ def checked_command(arguments: argparse.Namespace) -> tuple[Callable[[], None], 
         raise ConfigError("--predict works in one process; start it without torchrun")
     if arguments.eval_only or predicts:
         load_model = checked_model(arguments)
-        timeout = Config.model_fields["process_timeout"].default
         if arguments.eval_only:
-            return lambda: print_evaluation(load_model()), timeout
-        return lambda: print_predictions(load_model(), arguments.predict), timeout
+            return lambda: print_evaluation(load_model())
+        return lambda: print_predictions(load_model(), arguments.predict)
     if arguments.checkpoint:
         raise ConfigError(
             "--checkpoint goes with --eval_only or --predict; a run goes on from its own last.pt "
@@ -122,7 +121,7 @@ def checked_command(arguments: argparse.Namespace) -> tuple[Callable[[], None], 
     if arguments.jobs > 1 and several:
         raise ConfigError("--jobs starts processes of its own; start it without torchrun")
     configs, varied = load_runs(arguments.config, arguments.overrides)
-    return lambda: print_training(configs, varied, arguments), configs[0].process_timeout
+    return lambda: print_training(configs, varied, arguments)
 
 
 def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
@@ -150,7 +149,7 @@ def print_training(
 ) -> None:
     from experiments.grid import single_run_arguments
     from experiments.sweep import run_sweep, sweep_table
-    from run.terminal import log_line
+    from run.program import log_line
     from train import plan, train
 
     if arguments.dry_run:
@@ -192,7 +191,7 @@ def closing_table(summary: Summary, folder: Path) -> str:
 
 def print_evaluation(model: RMAAT) -> None:
     from predict import evaluate_splits
-    from run.terminal import is_first_process, print_result
+    from run.program import is_first_process, print_result
     from training.slices import slices_text
 
     result = evaluate_splits(model)
@@ -212,7 +211,7 @@ def print_evaluation(model: RMAAT) -> None:
 def print_predictions(model: RMAAT, source: str) -> None:
     from predict import bounded_lines, predict
     from run.files import named_os_errors
-    from run.terminal import OutputLost, print_result
+    from run.program import OutputLost, print_result
 
     name = "standard input" if source == "-" else source
     with contextlib.ExitStack() as stack:

@@ -21,14 +21,14 @@ from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_se
 from dataloader import Batch, evaluation_batches, training_batches
 from footprint import check_fits
 from lra_config import Config, ConfigError
-from lra_datasets import load_word_vectors, open_dataset, training_stages
+from lra_datasets import open_dataset, training_stages
 from model import RMAAT, SegmentRecurrent, autocast_dtype, build_model
 from run import checkpoint
 from run.figures import curves_figure, save_figure
 from run.files import write_json
 from run.log import RunLog
 from run.processes import ALONE, Processes, current_processes
-from run.signals import caught_signals
+from run.program import caught_signals, log_line, shown
 from run.state import (
     OUT_OF_TIME,
     Interrupted,
@@ -43,8 +43,6 @@ from run.state import (
     load_state,
     time_limit,
 )
-from run.terminal import log_line
-from run.text import shown
 from training.acceleration import (
     Graphed,
     GraphedBackward,
@@ -79,6 +77,7 @@ __all__ = [
 ]
 
 
+CHECKPOINT_SECONDS = 30.0
 TIMED_STEPS = 10  # from which a run's time is told
 SETTLING_BATCHES = 50  # that the statistics of a norm of the read-out are taken from
 LEAST_SCALE = 1e-3  # of float16: a model that still overflows there is sick
@@ -249,7 +248,6 @@ def load_initial_weights(model: RMAAT, reader: Reader) -> None:
     Raises:
         CheckpointError: `initial_checkpoint` cannot be read, holds another model's weights, or has
             trained on what is held out here.
-        DataError: `embedding_path` cannot be read, or holds vectors of another width.
     """
     config = model.config
     if config.initial_checkpoint:
@@ -268,10 +266,6 @@ def load_initial_weights(model: RMAAT, reader: Reader) -> None:
             )
         with checkpoint.fitting(path):
             model.load_state_dict(start.model)
-    if config.embedding_path:
-        vectors = load_word_vectors(config.embedding_path, model.vocabulary, config.dim)
-        for token, vector in vectors.items():
-            model.token_embedding.weight.data[token] = torch.from_numpy(vector)
 
 
 def check_processes(config: Config, processes: Processes) -> None:
@@ -463,7 +457,7 @@ class Trainer:
         interval = self.config.checkpoint_interval
         if interval is not None:
             return (self.progress.step + 1) % interval == 0
-        return time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds
+        return time.perf_counter() - self._saved_at >= CHECKPOINT_SECONDS
 
     def train_step(self, *, is_due: bool = False) -> tuple[bool, bool]:
         """One optimizer step over the upcoming batches.
@@ -543,13 +537,8 @@ class Trainer:
             f"step {progress.step + 1}: loss {loss} and gradient norm {norm} at learning rate "
             f"{learning_rate:.3g}"
         )
-        if self.config.on_nonfinite == "skip":
-            progress.skipped_steps += 1
-            log_line(f"{what}; step skipped")
-            return
         raise NonFiniteError(
-            f"{what}; {self._last_good()}; lower learning_rate or grad_clip, or set "
-            "on_nonfinite=skip"
+            f"{what}; {self._last_good()}; lower learning_rate or grad_clip"
         )
 
     def _last_good(self) -> str:

@@ -27,7 +27,7 @@ KEY_SILENCE = -3.0  # k of every neuron, so that H_neuron starts as a small part
 BASIS_SILENCE = -3.0  # R of a neuron at the rows that are not its own
 
 
-def localised_basis(
+def landmark_basis(
     num_heads: int, num_hidden: int, num_memory_tokens: int, segment_len: int
 ) -> Tensor:
     """A start of B in which every hidden neuron reads one place of the segment.
@@ -54,7 +54,7 @@ def localised_basis(
     return (basis + 0.02 * torch.randn_like(basis)).float()
 
 
-def local_basis(num_heads: int, num_memory_tokens: int, segment_len: int) -> Tensor:
+def neighbor_basis(num_heads: int, num_memory_tokens: int, segment_len: int) -> Tensor:
     """A start of B in which every hidden neuron reads one token of the segment, m = S.
 
     It weighs as much as a whole segment does at phi(0) = 1, S; all others phi(BASIS_SILENCE), which
@@ -81,7 +81,7 @@ def _cube_root(x: float) -> float:
 class AstromorphicAttention(Attention):
     """Attention of a tripartite synapse: Hebbian weights written once, read by every query.
 
-    Each of its terms has a switch: `hebbian_astro`, `hebbian_sigmoid`, `hebbian_scale`,
+    Each of its terms has a switch: `hebbian_astro`, `hebbian_sigmoid`, `hebbian_divisor`,
     `presynaptic_alpha` and `presynaptic_normalize`. Linear in N.
 
     Source: RMAAT, astromorphic attention (short-term plasticity); AT, Eqs. 11-17.
@@ -93,17 +93,17 @@ class AstromorphicAttention(Attention):
         self.decay_scale = config.decay_scale
         self.terms = Terms(
             alpha=config.presynaptic_alpha,
-            scale=config.hebbian_scale or self.num_hidden,
+            scale=config.hebbian_divisor or self.num_hidden,
             sigmoid=config.hebbian_sigmoid,
             normalize=config.presynaptic_normalize,
         )
         if self.has_positions:
             M, S = config.num_memory_tokens, config.segment_len
-            if config.position_basis == "localised":
-                basis = localised_basis(self.num_heads, self.num_hidden, M, S)
-            elif config.position_basis == "local":
-                basis = local_basis(self.num_heads, M, S)
-                self._read_neighbours(config.local_lags, config.place_digits, S)
+            if config.basis_init == "landmarks":
+                basis = landmark_basis(self.num_heads, self.num_hidden, M, S)
+            elif config.basis_init == "neighbors":
+                basis = neighbor_basis(self.num_heads, M, S)
+                self._read_neighbours(config.neighbor_offsets, config.position_code_digits, S)
             else:
                 basis = torch.randn(self.num_heads, self.num_hidden, M + S) / math.sqrt(M + S)
             self.position_basis = nn.Parameter(basis)  # B, (H, m, N)

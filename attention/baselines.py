@@ -16,6 +16,8 @@ from attention.fused import respond
 from attention.heads import Attention
 from lra_config import Config
 
+PSEUDO_INVERSE_ITERATIONS = 6  # Nystromformer, section 3.4
+
 
 class LinearAttention(Attention):
     """phi(Q) (phi(K)^T V) / (phi(Q) sum_t phi(k_t)): no astrocyte.
@@ -74,7 +76,7 @@ class NystromAttention(Attention):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.num_landmarks = config.nystrom_landmarks
-        self.iterations = config.nystrom_iterations
+        self.iterations = PSEUDO_INVERSE_ITERATIONS
         self.convolution = None
         if config.nystrom_conv:
             self.convolution = nn.Conv2d(

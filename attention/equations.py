@@ -21,7 +21,7 @@ the paper's symbol; in shapes, as (B, H, N, d), it is one of `model.py`.
     L        = (phi(Q) H) * P + X       (n x d_v)             astromorphic_response + the residual
 
 B (`position_basis`) is learned; m is `num_hidden`, by default d; alpha is `presynaptic_alpha`, the
-divisor m is `hebbian_scale`. The residual "+ X" is the encoder layer's, which adds it once. Padded
+divisor is `hebbian_divisor`. The residual "+ X" is the encoder layer's, which adds it once. Padded
 rows are no keys: they are left out of H_neuron, H_astro and g (`mask_rows`), and what the rows
 themselves read carries no meaning. The paper writes P for the position kernel too; here that one is
 P_pos.

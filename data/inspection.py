@@ -318,8 +318,7 @@ COMMANDS: dict[str, Callable[..., bool]] = {
 def main() -> int:
     """Exit status: 0 yes, 1 no, 2 with one line where nothing can be said."""
     sys.path[0] = str(Path(__file__).parents[1])  # a program finds what lies beside it, in data/
-    from run.program import run_program
-    from run.text import UserError
+    from run.program import UserError, run_program
 
     def command() -> int:
         name, *arguments = sys.argv[1:]

@@ -20,8 +20,7 @@ from data.generation import (
     results_in_order,
 )
 from data.inspection import LAYOUTS, LISTOPS_HEADER
-from run.files import write_json
-from run.folders import whole_folder
+from run.files import whole_folder, write_json
 
 LAYOUT = LAYOUTS["listops"]
 TRAIN, VAL, TEST = LAYOUT.expected  # sequences

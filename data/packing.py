@@ -18,11 +18,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 from tqdm import tqdm
 
-from lra_config import PADDING_ID, Config
-from run.files import opened, read_json, write_json
-from run.folders import whole_folder
-from run.locks import locked, remove_stale
-from run.text import UserError, one_line
+from data.tasks import PADDING_ID
+from lra_config import Config
+from run.files import locked, opened, read_json, remove_stale, whole_folder, write_json
+from run.program import UserError, one_line
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of

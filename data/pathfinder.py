@@ -23,8 +23,7 @@ from data.generation import (
     results_in_order,
 )
 from data.inspection import LAYOUTS
-from run.files import write_json
-from run.folders import whole_folder
+from run.files import whole_folder, write_json
 
 (IMAGES,) = LAYOUTS["pathfinder32"].expected
 PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")

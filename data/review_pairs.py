@@ -18,8 +18,7 @@ import numpy as np
 
 from data.generation import FORMAT_VERSION, check_numbers
 from data.inspection import LAYOUTS
-from run.files import write_json
-from run.folders import whole_folder
+from run.files import whole_folder, write_json
 
 LAYOUT = LAYOUTS["aan"]
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.packing import DataError
 from run.files import opened
-from run.text import one_line
+from run.program import one_line
 
 # Far more than the official files hold, in bytes.
 MAX_ROW = 2**24

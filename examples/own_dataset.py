@@ -23,7 +23,7 @@ import run_train
 from data.inspection import Layout
 from data.packing import DataError
 from data.source_files import told
-from lra_config import TASKS, ByteTokenizer, Task
+from data.tasks import TASKS, ByteTokenizer, Task
 from lra_datasets import Example, FileReader
 from run.files import atomic_write
 

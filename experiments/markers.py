@@ -28,8 +28,7 @@ from data.pathfinder_scenes import (
 )
 from experiments.shallow import Arrays, Score, accuracy, logistic_regression
 from experiments.tables import markdown
-from run.program import Parser, run_program
-from run.terminal import print_result
+from run.program import Parser, print_result, run_program
 
 PROGRAM = "experiments.markers"
 SCENES = {"train": 28_000, "val": 2_000, "test": 4_000}

@@ -24,8 +24,7 @@ from experiments.places import open_place, parse_places
 from experiments.shallow import logistic_regression
 from experiments.tables import markdown, number
 from model import RMAAT
-from run.program import run_program
-from run.terminal import print_result
+from run.program import print_result, run_program
 
 PROGRAM = "experiments.memory_probe"
 NUM_EXAMPLES = {"train": 10_000, "val": 2_000, "test": 5_000}  # at most

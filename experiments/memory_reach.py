@@ -24,8 +24,7 @@ from dataloader import Batch, collate, evaluation_batches
 from experiments.places import open_place, parse_places
 from experiments.tables import markdown, number
 from model import SegmentRecurrent
-from run.program import run_program
-from run.terminal import print_result
+from run.program import print_result, run_program
 from train import StepResult, evaluate
 
 PROGRAM = "experiments.memory_reach"

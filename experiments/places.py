@@ -10,8 +10,7 @@ from lra_config import load_config, single_values
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
 from predict import load_trained, tokenizer_of
-from run.program import Parser
-from run.text import UserError
+from run.program import Parser, UserError
 from training.acceleration import resolve_device
 from utils import seed_everything
 

@@ -25,8 +25,7 @@ from data.packing import SPLITS, PackedSplit, load_splits
 from experiments.tables import markdown
 from lra_config import load_config
 from lra_datasets import open_dataset
-from run.program import Parser, run_program
-from run.terminal import print_result
+from run.program import Parser, print_result, run_program
 
 PROGRAM = "experiments.shallow"
 ROOT = Path(__file__).parent.parent

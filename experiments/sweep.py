@@ -17,10 +17,8 @@ from experiments.grid import value_text
 from experiments.tables import markdown
 from lra_config import Config
 from lra_datasets import open_dataset
-from run.signals import caught_signals
+from run.program import UserError, caught_signals, log_line
 from run.state import OUT_OF_TIME, Summary, check_unclaimed, finished, time_limit
-from run.terminal import log_line
-from run.text import UserError
 from train import train
 
 COLUMNS = {"test accuracy, %": "test_accuracy", "best validation accuracy, %": "best_val_accuracy"}

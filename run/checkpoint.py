@@ -29,10 +29,11 @@ from pydantic import (
 )
 from torch import Tensor
 
-from lra_config import VOCABULARY_WORDS, Config, make_config
+from data.tasks import VOCABULARY_WORDS
+from lra_config import Config, make_config
 from run.files import atomic_write, complaint, opened, read_json, write_json
 from run.model_card import model_card
-from run.text import UserError, one_line, shown
+from run.program import UserError, one_line, shown
 
 # What the pickle of a checkpoint may name: the plainest of what torch allows.
 ADMITTED = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from run.files import atomic_write
 from run.log import read_metrics
-from run.text import UserError
+from run.program import UserError
 
 # Half a second, for pictures alone.
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from pydantic import TypeAdapter
 
 from lra_config import LARGEST, Config
 from run.files import atomic_write, named_os_errors, opened, parse_json
-from run.terminal import log_line
-from run.text import UserError
+from run.program import UserError, log_line
 from utils import first_line
 
 MAX_LINE = 64 * 1024  # bytes of a row
@@ -77,9 +76,7 @@ class WandbMirror:
         id_file = config.run_dir / "wandb_id"
         self._run = wandb.init(
             project=config.wandb_project,
-            entity=config.wandb_entity,
             name=config.wandb_run_name or config.run_name,
-            mode=config.wandb_mode,
             config=config.model_dump(),
             dir=config.run_dir,
             id=id_file.read_text() if id_file.exists() else None,

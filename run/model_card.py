@@ -15,16 +15,6 @@ CITATION = Path(__file__).parent.parent / "CITATION.bib"
 PAPER = "https://arxiv.org/abs/2601.00426"
 TEXTS, IMAGES = "text-classification", "image-classification"  # tasks of the hub's schema
 
-# Names of the data sets, the hub's where it has them.
-DATA = {
-    "listops": ("Long Range Arena: ListOps", "lra-listops"),
-    "imdb": ("IMDb, words", "stanfordnlp/imdb"),
-    "imdb_long": ("IMDb, words", "stanfordnlp/imdb"),
-    "imdb_lra": ("Long Range Arena: byte-level IMDb", "stanfordnlp/imdb"),
-    "cifar10": ("Long Range Arena: grey CIFAR-10", "uoft-cs/cifar10"),
-    "pathfinder32": ("Long Range Arena: Pathfinder32, hard", "lra-pathfinder32"),
-    "aan": ("Long Range Arena: ACL Anthology Network", "lra-aan"),
-}
 ORIGIN = {
     "own": "a data set of their own",
     "downloaded": "the published files",
@@ -39,7 +29,7 @@ def model_card(config: Config, summary: dict[str, Any] | None) -> str:
         config: the run.
         summary: what `summary.json` says of it; None for weights of no finished run.
     """
-    name, _ = DATA.get(config.dataset, (config.dataset, config.dataset))
+    name = config.task.title or config.dataset
     sections = {
         "": f"An encoder from an independent implementation of [RMAAT]({PAPER}), trained on "
             f"{name}.",
@@ -59,8 +49,9 @@ def model_card(config: Config, summary: dict[str, Any] | None) -> str:
 
 
 def _metadata(config: Config, summary: dict[str, Any] | None) -> ModelCardData:
-    name, dataset = DATA.get(config.dataset, (config.dataset, config.dataset))
-    task = IMAGES if config.task.grey else TEXTS
+    name = config.task.title or config.dataset
+    dataset = config.task.hub_name or config.dataset
+    task = IMAGES if config.task.is_image else TEXTS
     results = None
     if summary is not None:
         # The split in front: what tells two metrics of one model apart.
@@ -111,7 +102,7 @@ def _limits(config: Config, summary: dict[str, Any] | None) -> str:
     ]
     if summary is not None and summary["steps"] < config.max_steps:
         limits.append("The training ended before its schedule did.")
-    if summary is not None and config.dataset in DATA and summary["data"] != "downloaded":
+    if summary is not None and config.task.title and summary["data"] != "downloaded":
         limits.append("On the published data it was not tested.")
     return "\n".join(f"- {limit}" for limit in limits)
 

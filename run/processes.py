@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from run.environment import launched_processes
-from run.text import UserError, one_line
+from run.program import UserError, launched_processes, one_line
 
 Result = TypeVar("Result")
+TIMEOUT_SECONDS = 10_800  # one process packs a data set while the others wait
 
 
 class ProcessLost(UserError):
-    """Another process of the run has ended, or does not answer within `process_timeout`."""
+    """Another process of the run has ended, or does not answer within `TIMEOUT_SECONDS`."""
 
     met_by_all = False
 
@@ -132,11 +132,9 @@ def current_processes() -> Processes:
 
 
 @contextlib.contextmanager
-def joined_processes(timeout: float) -> Iterator[None]:
+def joined_processes() -> Iterator[None]:
     """Join the processes that `torchrun` started: NCCL for CUDA tensors, gloo for the CPU's.
 
-    Args:
-        timeout: seconds that one waits for another.
     Raises:
         ProcessLost: they do not meet.
     """
@@ -154,6 +152,6 @@ def joined_processes(timeout: float) -> Iterator[None]:
     importlib.import_module("torch.distributed.nn.functional")
 
     with _meeting():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the others

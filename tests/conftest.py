@@ -20,7 +20,7 @@ from data.listops import generate_listops
 from dataloader import Batch
 from lra_config import Config, dump_config, make_config
 from model import build_model
-from run.text import LINE_LENGTH, UserError
+from run.program import LINE_LENGTH, UserError
 from train import StepResult
 
 ROOT = Path(__file__).parent.parent

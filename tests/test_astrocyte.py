@@ -18,7 +18,7 @@ from astrocyte import (
     simulate,
     simulated_increments,
 )
-from run.text import one_line
+from run.program import one_line
 
 SEGMENT_COUNTS = (1, 2, 3, 8, 16, 64, 128)
 

@@ -62,7 +62,7 @@ def test_time_is_that_of_the_whole_sweep(tmp_path, listops_dir):
 
 def test_a_run_of_a_sweep_has_a_command_line_of_its_own(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
-    overrides = ["seed=0,1", "dropout=0.1", "local_lags=[-2, 2],[1]", 'run_name="12"']
+    overrides = ["seed=0,1", "dropout=0.1", "neighbor_offsets=[-2, 2],[1]", 'run_name="12"']
     configs, varied = load_runs(path, overrides)
     assert len(configs) == 4
     for config in configs:

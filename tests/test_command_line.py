@@ -433,7 +433,7 @@ def test_a_model_of_words_brings_its_vocabulary(tmp_path, name):
 
 @pytest.mark.parametrize("vocabulary", [None, ["good", "bad"]])
 def test_saved_weights_come_back_equal(tmp_path, vocabulary):
-    config = tiny_config(dropout=0.3, hebbian_scale=3.0)
+    config = tiny_config(dropout=0.3, hebbian_divisor=3.0)
     if vocabulary:
         config = make_config({"dataset": "imdb", "dim": 16, "data_dir": "elsewhere"})
     model = build_model(config, vocabulary)

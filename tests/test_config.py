@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
 from lra_config import ConfigError, dump_config, load_config, make_config
 from model import build_model
 from train import amrb_backward
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizers
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -35,7 +35,7 @@ def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path):
 
 
 def test_a_dumped_configuration_loads_back_equal(tmp_path):
-    config = tiny_config(learning_rate=3e-5, hebbian_scale=1e-7, run_name="1e3")
+    config = tiny_config(learning_rate=3e-5, hebbian_divisor=1e-7, run_name="1e3")
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
@@ -81,8 +81,8 @@ def test_impossible_combinations_are_refused():
         tiny_config(position_scale=2.0, position_embedding="none")
     with pytest.raises(ConfigError, match="token_embedding=ordinal needs ids"):
         tiny_config(token_embedding="ordinal")
-    with pytest.raises(ConfigError, match="pooling=bright weighs pixels"):
-        tiny_config(pooling="bright")
+    with pytest.raises(ConfigError, match="pooling=intensity weighs pixels"):
+        tiny_config(pooling="intensity")
     with pytest.raises(ConfigError, match=r"dataset=listops has position_scale=0\.5"):
         tiny_config(position_grid=True, position_scale=0.5)
     with pytest.raises(ConfigError, match="dataset=cifar10 has position_scale=None"):
@@ -95,18 +95,18 @@ def test_impossible_combinations_are_refused():
         tiny_config(readout_norm="batch", bucket_by_length=True)
     with pytest.raises(ConfigError, match="num_hidden=8 is of attention_type astro and linear"):
         tiny_config(num_hidden=8, attention_type="softmax")
-    local = {"position_basis": "local", "position_embedding": "none"}
+    local = {"basis_init": "neighbors", "position_embedding": "none"}
     with pytest.raises(ConfigError, match="use learned or none"):
         tiny_config(**{**local, "position_embedding": "sinusoidal"})
     with pytest.raises(ConfigError, match="num_hidden=3"):
         tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=3)
     with pytest.raises(ConfigError, match="names no neighbour"):
-        tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=32, local_lags=[])
+        tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=32, neighbor_offsets=[])
     with pytest.raises(ConfigError, match="in 17 features"):
         tiny_config(**local, max_seq_len=128, num_segments=2, num_hidden=64)
     assert tiny_config(
-        **local, max_seq_len=128, num_segments=2, num_hidden=64, local_digits=3
-    ).place_digits == [4, 4, 4]
+        **local, max_seq_len=128, num_segments=2, num_hidden=64, neighbor_code_digits=3
+    ).position_code_digits == [4, 4, 4]
     with pytest.raises(ConfigError, match="brings word vectors of its own; set"):
         tiny_config(
             initial_checkpoint="best.pt", embedding_path="glove.txt", dataset="imdb", max_seq_len=64
@@ -172,7 +172,7 @@ def test_every_shipped_configuration_builds_and_overfits_one_batch(path):
     config = load_config(path, ["device=cpu", "dropout=0", "batch_size=4"])
     torch.manual_seed(0)
     model = build_model(config)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizers(model, config)
     # Two segments of it: enough for the memory to matter, and quick.
     lengths = [2 * config.segment_len, config.segment_len + 5, 30, 7]
     batch = tiny_batch(config, [min(n, config.max_seq_len) for n in lengths])

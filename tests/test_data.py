@@ -16,8 +16,9 @@ from conftest import ROOT, tiny_config
 import lra_datasets
 from data import packing
 from data.packing import DataError, load_splits
+from data.tasks import ListOpsTokenizer
 from dataloader import collate, epoch_batches, evaluation_batches, training_batches
-from lra_config import ConfigError, ListOpsTokenizer
+from lra_config import ConfigError
 from lra_datasets import open_dataset
 
 CPU = torch.device("cpu")

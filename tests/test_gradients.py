@@ -73,8 +73,8 @@ def test_amrb_gradients_equal_bptt_in_float32(attention, dropout):
     {"hebbian_astro": False}, {"hebbian_sigmoid": True}, {"presynaptic_normalize": False},
     {"astro_mem": False}, {"position_embedding": "sinusoidal"}, {"position_embedding": "none"},
     {"readout_norm": "batch", "classifier_dim": 7}, {"num_hidden": 5},
-    {"position_basis": "local", "num_hidden": 12},
-    {"dataset": "cifar10", "pooling": "bright", "position_scale": 0.5, "position_grid": True},
+    {"basis_init": "neighbors", "num_hidden": 12},
+    {"dataset": "cifar10", "pooling": "intensity", "position_init": "sinusoidal_2d"},
 ], ids=str)
 def test_amrb_gradients_equal_bptt_under_every_switch(switch):
     config = tiny_config(max_seq_len=48, dropout=0.1, **switch)
@@ -84,7 +84,7 @@ def test_amrb_gradients_equal_bptt_under_every_switch(switch):
 
 @pytest.mark.parametrize("outer", [False, True], ids=["precision key", "autocast around the call"])
 @pytest.mark.parametrize("read_out", [
-    {}, {"pooling": "last"}, {"pooling": "memory"}, {"pooling": "bright", "dataset": "cifar10"},
+    {}, {"pooling": "last"}, {"pooling": "memory"}, {"pooling": "intensity", "dataset": "cifar10"},
 ], ids=str)
 def test_amrb_reaches_every_weight_under_autocast(read_out, outer):
     config = tiny_config(precision="auto" if outer else "bfloat16", **read_out)

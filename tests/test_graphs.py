@@ -216,7 +216,7 @@ def meta_is_a_device(monkeypatch):
 @pytest.mark.parametrize("changes", [
     *({"attention_type": attention, "pooling": pooling}
       for attention in ATTENTIONS for pooling in ("mean", "last", "memory")),
-    {"position_embedding": "sinusoidal"}, {"position_basis": "local", "num_hidden": 20},
+    {"position_embedding": "sinusoidal"}, {"basis_init": "neighbors", "num_hidden": 20},
     {"position_embedding": "none"}, {"readout_norm": "batch"}, {"hebbian_sigmoid": True},
     {"presynaptic_normalize": False},
 ], ids=lambda changes: "-".join(map(str, changes.values())))

@@ -11,7 +11,7 @@ from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import ATTENTION
-from attention.astromorphic import localised_basis
+from attention.astromorphic import landmark_basis
 from attention.baselines import landmark_runs, pseudo_inverse
 from attention.equations import (
     Terms,
@@ -22,7 +22,7 @@ from attention.equations import (
 from attention.fused import FusedResponse
 from attention.heads import join_heads, split_heads
 from lra_config import Config
-from model import brightness, build_model
+from model import build_model, intensity
 from training.diagnostics import inspect_model
 from utils import grid_positions, sinusoidal_positions
 
@@ -163,12 +163,12 @@ def test_luna_spares_its_packed_rows_the_feed_forward_block():
 
 def test_localised_neurons_peak_at_their_own_places():
     torch.manual_seed(0)
-    geometric, stepwise = localised_basis(2, 32, num_memory_tokens=3, segment_len=64).argmax(dim=2)
+    geometric, stepwise = landmark_basis(2, 32, num_memory_tokens=3, segment_len=64).argmax(dim=2)
     for peaks in (geometric, stepwise):
         assert peaks[0] == 3 and peaks[-1] > 60  # the last bump is wide, its top flat
         assert len(peaks.unique()) > 16
     assert stepwise[:12].tolist() == list(range(3, 15))
-    assert localised_basis(1, 1, 0, 1).shape == (1, 1, 1)
+    assert landmark_basis(1, 1, 0, 1).shape == (1, 1, 1)
 
 
 @pytest.mark.parametrize("attention_type", ["astro", "linear", "nystrom", "luna"])
@@ -272,7 +272,7 @@ def test_calcium_is_float32_under_autocast():
 
 
 GREY = {"dataset": "cifar10", "max_seq_len": 16, "num_segments": 2}
-STARTS = {"token_embedding": "ordinal", "position_scale": 2.0, "readout_norm": "batch"}
+STARTS = {"token_embedding": "ordinal", "position_init": "sinusoidal", "readout_norm": "batch"}
 
 
 @pytest.mark.parametrize("changed", STARTS)
@@ -281,7 +281,7 @@ def test_each_start_changes_its_own_weights_alone(changed):
     for name, changes in {"off": {}, "on": {changed: STARTS[changed]}}.items():
         torch.manual_seed(0)
         models[name] = build_model(tiny_config(**GREY, **changes))
-    own = {"token_embedding": "token_embedding.weight", "position_scale": "position_table"}
+    own = {"token_embedding": "token_embedding.weight", "position_init": "position_table"}
     off, on = (dict(models[name].named_parameters()) for name in ("off", "on"))
     for name, parameter in off.items():
         same = parameter.equal(on[name.replace("head.", "head.1.") if changed == "readout_norm"
@@ -289,7 +289,7 @@ def test_each_start_changes_its_own_weights_alone(changed):
         assert same == (name != own.get(changed)), name
 
 
-LOCAL = {"position_basis": "local", "position_embedding": "none", "decay_scale": 4.0}
+LOCAL = {"basis_init": "neighbors", "position_embedding": "none", "decay_scale": 4.0}
 
 
 @pytest.mark.parametrize(("S", "digits"), [(16, 2), (12, 2), (27, 3), (20, 3)])
@@ -298,7 +298,7 @@ def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag(lag, S, digits)
     M = 2
     config = tiny_config(
         **LOCAL, dim=64, num_heads=1, num_hidden=S, max_seq_len=2 * S, num_segments=2,
-        num_memory_tokens=M, num_layers=1, local_lags=[lag], local_digits=digits,
+        num_memory_tokens=M, num_layers=1, neighbor_offsets=[lag], neighbor_code_digits=digits,
     )
     model = build_model(config)
     attention = model.layers[0].attention
@@ -335,7 +335,7 @@ def test_rows_of_the_local_start_differ_where_those_of_places_hardly_do():
     for name, changes in {"places": {}, "local": LOCAL}.items():
         torch.manual_seed(0)
         config = tiny_config(
-            **changes, dim=64, num_hidden=32, hebbian_scale=8.0, max_seq_len=64, num_segments=2,
+            **changes, dim=64, num_hidden=32, hebbian_divisor=8.0, max_seq_len=64, num_segments=2,
             num_layers=1,
         )
         found = inspect_model(build_model(config), tiny_batch(config))
@@ -353,8 +353,8 @@ def test_an_ordinal_start_gives_like_grey_levels_like_vectors():
 
 
 def test_position_scale_starts_the_learned_positions_at_multiples_of_the_sinusoids():
-    config = tiny_config(position_scale=2.0)
-    one, two = (build_model(tiny_config(position_scale=s)).position_table for s in (1.0, 2.0))
+    config = tiny_config(position_init="sinusoidal", position_init_scale=2.0)
+    one, two = (build_model(tiny_config(position_init="sinusoidal", position_init_scale=s)).position_table for s in (1.0, 2.0))
     torch.testing.assert_close(two, 2 * one)
     torch.testing.assert_close(one, sinusoidal_positions(torch.arange(40), config.dim, one.dtype))
 
@@ -373,10 +373,10 @@ def test_a_grid_tells_how_far_two_pixels_lie_apart_along_either_axis():
     assert likeness[0].argmax() == 0 and (likeness[0, :3].diff() < 0).all()
 
 
-@pytest.mark.parametrize("local", [{}, {"position_basis": "local", "num_hidden": 8}], ids=str)
+@pytest.mark.parametrize("local", [{}, {"basis_init": "neighbors", "num_hidden": 8}], ids=str)
 def test_position_grid_starts_the_learned_positions_beside_the_code_of_places(local):
-    model = build_model(tiny_config(**GREY, **local, position_scale=2.0, position_grid=True))
-    free = model.config.dim - model.config.place_width
+    model = build_model(tiny_config(**GREY, **local, position_init="sinusoidal_2d", position_init_scale=2.0))
+    free = model.config.dim - model.config.position_code_width
     table = model.position_table.detach()
     close(table[:, -free:], 2 * grid_positions(torch.arange(16), 32, free), 1e-6)
     assert not table[:, :-free].any()
@@ -384,15 +384,15 @@ def test_position_grid_starts_the_learned_positions_beside_the_code_of_places(lo
 
 def test_a_bright_read_out_adds_up_rows_by_the_eighth_power_of_their_grey_level():
     models = {}
-    for pooling in ("mean", "bright"):
+    for pooling in ("mean", "intensity"):
         config = tiny_config(**GREY, pooling=pooling, num_memory_tokens=0)
         models[pooling] = double_model(config)
         models[pooling].head = torch.nn.Identity()
     level = torch.tensor([255, 204, 51, 0])
     grey = 1 + level[:, None].expand(4, 16)  # images of one grey
     weights = (level.double() / 255) ** 8
-    close(models["bright"](grey), 16 * weights[:, None] * models["mean"](grey), 1e-6)
-    assert not brightness(torch.tensor([[0, 1]])).any()  # padding, black
+    close(models["intensity"](grey), 16 * weights[:, None] * models["mean"](grey), 1e-6)
+    assert not intensity(torch.tensor([[0, 1]])).any()  # padding, black
 
 
 @pytest.mark.parametrize("changes", [

@@ -17,8 +17,9 @@ from conftest import ROOT, tiny_batch, tiny_config
 from PIL import Image
 
 from data.packing import DataError, load_splits
+from data.tasks import WordTokenizer
 from dataloader import collate
-from lra_config import ConfigError, WordTokenizer, make_config
+from lra_config import ConfigError, make_config
 from lra_datasets import load_word_vectors, open_dataset
 from model import build_model
 from train import amrb_backward, bptt_backward, train

@@ -76,7 +76,7 @@ def test_an_ablation_changes_one_thing(task):
 @pytest.mark.parametrize("task", published.TASKS)
 def test_at_keeps_nothing_of_the_local_start(task):
     config = reproduce.Cell("accuracy", "full", task, "at", 0).config()
-    for key in ("num_hidden", "hebbian_scale", "decay_scale", "position_basis", "position_scale",
+    for key in ("num_hidden", "hebbian_divisor", "decay_scale", "position_basis", "position_scale",
                 "position_lr_factor"):
         assert getattr(config, key) == Config.model_fields[key].default, key
 

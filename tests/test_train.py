@@ -24,7 +24,7 @@ from run.files import atomic_write
 from run.log import read_metrics
 from run.processes import Processes
 from train import Trainer, amrb_backward, evaluate, load_initial_weights, settle_statistics, train
-from training.optimizer import build_optimizer, learning_rate_factor
+from training.optimizer import build_optimizers, learning_rate_factor
 from utils import seed_step
 
 TIMINGS = {"seconds", "tokens_per_second"}
@@ -48,7 +48,7 @@ def test_an_earlier_end_keeps_the_schedule():
 def test_the_position_basis_learns_faster_and_takes_no_weight_decay():
     config = tiny_config(position_lr_factor=7.0, weight_decay=0.5)
     model = build_model(config)
-    groups = build_optimizer(model, config).param_groups
+    groups = build_optimizers(model, config).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(names)

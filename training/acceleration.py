@@ -16,9 +16,7 @@ from torch import Tensor
 from dataloader import Batch
 from lra_config import Config, ConfigError
 from model import RMAAT, autocast_dtype
-from run.environment import launched_processes
-from run.terminal import log_line
-from run.text import UserError
+from run.program import UserError, launched_processes, log_line
 from utils import first_line, restore
 
 Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepResult`

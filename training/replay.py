@@ -10,7 +10,7 @@ import torch
 from dataloader import Batch
 from lra_config import Config
 from model import RMAAT
-from run.terminal import log_line
+from run.program import log_line
 from training.gradients import shared_weights
 from utils import free_memory, restore
 

@@ -7,8 +7,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from data.tasks import PADDING_ID, ListOpsTokenizer
 from dataloader import Batch
-from lra_config import PADDING_ID, Config, ListOpsTokenizer
+from lra_config import Config
 from run.processes import ALONE, Processes
 
 LENGTH_RANGES = 4  # of equal width, up to max_seq_len
@@ -37,7 +38,7 @@ class Slices:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.width = -(-config.max_seq_len // LENGTH_RANGES)
         self.names = {"label": [str(label) for label in range(config.task.num_classes)]}
-        if not config.task.grey:
+        if not config.task.is_image:
             self.names["length"] = [
                 f"{i * self.width + 1} to {min((i + 1) * self.width, config.max_seq_len)}"
                 for i in range(LENGTH_RANGES)

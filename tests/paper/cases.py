@@ -31,11 +31,11 @@ KEYS = {
     "attention_type": "astro", "dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 6,
     "dropout": 0.0, "pooling": "mean", "readout_norm": "none", "classifier_dim": None,
     "token_embedding": "random",
-    "position_embedding": "learned", "position_scale": None,
-    "num_hidden": None, "hebbian_astro": True, "hebbian_sigmoid": False, "hebbian_scale": None,
+    "position_embedding": "learned",
+    "num_hidden": None, "hebbian_astro": True, "hebbian_sigmoid": False, "hebbian_divisor": None,
     "presynaptic_alpha": 0.25, "presynaptic_normalize": True, "decay_scale": 0.5,
-    "position_basis": "random",
-    "nystrom_landmarks": 4, "nystrom_iterations": 3, "nystrom_conv": 3,
+    "basis_init": "random",
+    "nystrom_landmarks": 4, "nystrom_conv": 3,
 }
 
 ATTENTIONS = ("astro", "softmax", "linear", "nystrom", "luna")

@@ -177,7 +177,7 @@ def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bo
                 kernel = weights[layer + "attention.convolution.weight"][h, 0, :, 0]
             columns.append(nystrom_head(
                 q, k, v, real, kernel,
-                landmarks=keys["nystrom_landmarks"], iterations=keys["nystrom_iterations"],
+                landmarks=keys["nystrom_landmarks"], iterations=6,
             ))
         else:
             R = None
@@ -186,7 +186,7 @@ def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bo
                 R = relative_positions(basis, keys["decay_scale"])
             columns.append(astromorphic_head(
                 q, k, v, real, R, alpha=keys["presynaptic_alpha"],
-                divisor=m if keys["hebbian_scale"] is None else keys["hebbian_scale"],
+                divisor=m if keys["hebbian_divisor"] is None else keys["hebbian_divisor"],
                 take_sigmoid=keys["hebbian_sigmoid"], normalize=keys["presynaptic_normalize"],
             ))
     return project(np.hstack(columns))

@@ -57,7 +57,7 @@ def read(attention, form, positions=None, mask=None) -> torch.Tensor:
     ({}, [[1.5 / 8, 175 / 8], [2 / 9, 125 / 9]]),
     ({"presynaptic_alpha": 1.0}, [[1.5 / 178, 175 / 178], [2 / 129, 125 / 129]]),
     ({"presynaptic_alpha": 0.5}, [[1.5 / 22, 175 / 22], [2 / 21, 125 / 21]]),
-    ({"hebbian_scale": 4.0}, [[0.75 / 8, 87.5 / 8], [1 / 9, 62.5 / 9]]),
+    ({"hebbian_divisor": 4.0}, [[0.75 / 8, 87.5 / 8], [1 / 9, 62.5 / 9]]),
     ({"presynaptic_normalize": False}, [[1.5, 175], [2, 125]]),
     ({"hebbian_sigmoid": True}, [
         [3 * s(0.5) / 8, (s(15) + 2 * s(80)) / 8], [4 * s(0.5) / 9, (3 * s(15) + s(80)) / 9],
@@ -131,7 +131,7 @@ def test_a_row_that_no_neuron_hears_reads_by_the_proportions_of_its_phi(form):
 def test_phi_is_elu_plus_one(form, x, phi):
     """With P off, divisor 1 and key and value phi(0) = 1, the response to a query is its phi."""
     config = small_config(
-        **BY_HAND | {"dim": 1, "max_seq_len": 1}, hebbian_astro=False, hebbian_scale=1.0,
+        **BY_HAND | {"dim": 1, "max_seq_len": 1}, hebbian_astro=False, hebbian_divisor=1.0,
         presynaptic_normalize=False,
     )
     attention = AstromorphicAttention(config).double()
@@ -148,7 +148,7 @@ VARIANTS = [
     {"hebbian_astro": astro, "hebbian_sigmoid": sigmoid, "presynaptic_normalize": normalize}
     for astro, sigmoid, normalize in itertools.product([True, False], repeat=3)
 ] + [
-    {"hebbian_scale": 3.0, "presynaptic_alpha": 0.4}, {"presynaptic_alpha": 1.0},
+    {"hebbian_divisor": 3.0, "presynaptic_alpha": 0.4}, {"presynaptic_alpha": 1.0},
     {"num_hidden": 3}, {"num_hidden": 7, "hebbian_sigmoid": True}, {"decay_scale": 0.0},
     {"num_heads": 1}, {"num_heads": 4}, {"num_memory_tokens": 0},
 ]

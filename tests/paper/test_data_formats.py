@@ -14,9 +14,10 @@ from cases import small_config
 from PIL import Image
 
 from data.packing import load_splits
+from data.tasks import TASKS
 from dataloader import collate
 from generate_lra import generate_listops, generate_pathfinder
-from lra_config import TASKS, make_config
+from lra_config import make_config
 from lra_datasets import open_dataset
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ def attention_over(n: int, m: int, decay_scale: float, heads: int = 1) -> Astrom
     torch.manual_seed(0)
     attention = AstromorphicAttention(small_config(
         max_seq_len=n - 1, num_segments=1, num_memory_tokens=1, num_heads=heads, dim=m * heads,
-        decay_scale=decay_scale, position_basis="random",
+        decay_scale=decay_scale, basis_init="random",
     ))
     return shaken(attention)
 
@@ -86,7 +86,7 @@ def test_localised_neurons_start_as_one_bump_each_behind_the_memory_rows():
     torch.manual_seed(0)
     M, S, m = 3, 64, 8
     config = small_config(
-        num_memory_tokens=M, max_seq_len=S, num_segments=1, dim=2 * m, position_basis="localised"
+        num_memory_tokens=M, max_seq_len=S, num_segments=1, dim=2 * m, basis_init="landmarks"
     )
     basis = AstromorphicAttention(config).position_basis.detach().double()
     centres = [S ** (j / (m - 1)) - 1 for j in range(m + 1)]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from run.text import LINE_LENGTH, UserError
+from run.program import LINE_LENGTH, UserError
 
 SECONDS = 10  # in which each input is answered
 MEMORY = 2 * 2**30  # bytes beyond what is held before

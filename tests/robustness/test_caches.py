@@ -17,7 +17,7 @@ from test_readers import small_config, write_imdb
 
 from data.packing import load_splits
 from lra_datasets import open_dataset
-from run.locks import locked
+from run.files import locked
 
 
 @pytest.fixture

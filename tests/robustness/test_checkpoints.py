@@ -25,7 +25,7 @@ from run import checkpoint
 from run.log import read_metrics
 from run.state import NonFiniteError, finished, load_state
 from train import Trainer, train
-from training.optimizer import build_optimizer, restore_optimizer
+from training.optimizer import build_optimizers, restore_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_the_groups_of_a_saved_optimizer_are_not_taken_over(run, listops_dir):
     torch.save(state, path)
     config = config_of(listops_dir, run.parent)
     trainer = Trainer(config, resume=True)
-    expected = build_optimizer(trainer.model, config).state_dict()["param_groups"]
+    expected = build_optimizers(trainer.model, config).state_dict()["param_groups"]
     assert trainer.optimizer.state_dict()["param_groups"] == expected
 
 
@@ -238,9 +238,9 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(run, listops_dir):
 def test_what_is_restored_no_longer_depends_on_the_file(cut, listops_dir, tmp_path):
     path = Path(shutil.copy(cut / "last.pt", tmp_path / "last.pt"))
     model = build_model(tiny_config(dropout=0.1))
-    optimizer = build_optimizer(model, model.config)
+    optimizer = build_optimizers(model, model.config)
     state = checkpoint.load(path)
-    restore_optimizer(optimizer, state["optimizer"]["state"])
+    restore_optimizers(optimizer, state["optimizer"]["state"])
     expected = state["optimizer"]["state"][0]["exp_avg"].clone()
     optimizer.state_dict()["state"][0]["exp_avg"].add_(1)
     assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], expected)

@@ -15,7 +15,7 @@ from experiments.grid import load_runs
 from footprint import check_fits, weight_bytes
 from lra_config import ConfigError, load_config, make_config
 from model import build_model
-from run.text import one_line, shown
+from run.program import one_line, shown
 
 ALIASES = "a: &a [1]\n" + "".join(
     f"{new}: &{new} [{','.join(f'*{old}' for _ in range(9))}]\n"
@@ -53,7 +53,7 @@ FILES = {
     "infinity": (b"dataset: listops\nlearning_rate: 1e999\n", ["learning_rate=inf", "finite"]),
     "UTF-16": ("dataset: listops\n".encode("utf-16"), ["not a UTF-8 text"]),
     "two documents": (b"dataset: listops\n---\ndataset: imdb\n", ["line 2", "document"]),
-    "lags": (b"dataset: listops\nlocal_lags: [99999999999999999999]\n", ["local_lags.0"]),
+    "lags": (b"dataset: listops\nlocal_lags: [99999999999999999999]\n", ["neighbor_offsets.0"]),
 }
 
 
@@ -112,13 +112,13 @@ def test_the_values_of_every_kind_are_still_read(tmp_path):
     assert (config.seed, config.learning_rate, config.weight_decay, config.grad_clip) == (
         7, 1e-3, 0.5, 2.0
     )
-    assert config.wandb is False and config.num_hidden is None and config.local_lags == [-1, 2]
+    assert config.wandb is False and config.num_hidden is None and config.neighbor_offsets == [-1, 2]
 
 
 @pytest.mark.parametrize("values", [
     [], None, {"dataset": {}}, {1: 2}, {"dataset": "listops", "run_name": ["x"]},
     {"dataset": "listops", "seed": 10**5000}, {"dataset": "listops", "seed": "x" * 10**7},
-    {"dataset": "listops", "local_lags": [10**400]}, {f"key{i}": i for i in range(10**4)},
+    {"dataset": "listops", "neighbor_offsets": [10**400]}, {f"key{i}": i for i in range(10**4)},
 ], ids=lambda v: shown(v)[:40])
 def test_a_mapping_from_anywhere_is_refused_in_one_line(values):
     assert refusal(make_config, values, "some.pt").startswith("some.pt")
@@ -128,7 +128,7 @@ def test_shared_lists_are_not_written_out():
     bomb: list = [1]
     for _ in range(60):
         bomb = [bomb] * 10
-    for key in ("dim", "dataset", "local_lags"):
+    for key in ("dim", "dataset", "neighbor_offsets"):
         refusal(make_config, {"dataset": "listops", key: bomb})
 
 

@@ -21,7 +21,7 @@ from conftest import (
 )
 
 import run_train
-from run.terminal import open_standard_streams
+from run.program import open_standard_streams
 
 EXPRESSION = "[MAX 2 9 [MIN 4 7 ] 0 ]\n"
 
@@ -73,7 +73,7 @@ def test_closed_streams_never_become_files(tmp_path):
     """A file opened next would have the number of the closed stream, and get what is printed."""
     program = (
         "import os, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "from run.terminal import open_standard_streams\nopen_standard_streams()\n"
+        "from run.program import open_standard_streams\nopen_standard_streams()\n"
         "handle = open('file', 'w')\nassert handle.fileno() > 2\nprint('lost', file=sys.stderr)\n"
     )
     command = f"{sys.executable} -c \"{program}\" {ROOT} <&- >&- 2>&-"
@@ -82,7 +82,7 @@ def test_closed_streams_never_become_files(tmp_path):
 
 
 def test_an_encoding_that_lacks_a_letter_shows_its_code(tmp_path):
-    program = "from run.terminal import *; open_standard_streams(); log_line('\\u8a9e')"
+    program = "from run.program import *; open_standard_streams(); log_line('\\u8a9e')"
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},

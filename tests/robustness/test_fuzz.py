@@ -21,11 +21,11 @@ from lra_config import dump_config, load_config
 from model import build_model
 from predict import load_trained, predict
 from run import checkpoint
-from run.environment import launched_processes
 from run.log import read_metrics
+from run.program import launched_processes
 from run.state import finished, load_state
 from train import train
-from training.optimizer import build_optimizer, restore_optimizer
+from training.optimizer import build_optimizers, restore_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def config_of(data_dir: Path, folder: Path, **changes):
 
 CONFIGURATION = (
     b"dataset: listops\nseed: 1\nlearning_rate: 1e-3\nwandb: false\nnum_hidden: null\n"
-    b"local_lags: [-1, 1]\nrun_name: 'a b'\ndata_dir: \"c\\td\"  # comment\n",
+    b"neighbor_offsets: [-1, 1]\nrun_name: 'a b'\ndata_dir: \"c\\td\"  # comment\n",
     b"{dataset: cifar10, dim: 64, num_heads: 2, max_seq_len: 1024, num_segments: 4}\n",
     b"dataset: aan\ndocument_pair: separate\npooling: last\n? attention_type\n: luna\n",
 )
@@ -64,7 +64,7 @@ def test_a_configuration(tmp_path, inputs):
 
 
 OVERRIDES = (
-    b"seed=1,2", b'output_dir="a,b"', b"learning_rate=1e-3", b"local_lags=[1,2]", b"run_name=a",
+    b"seed=1,2", b'output_dir="a,b"', b"learning_rate=1e-3", b"neighbor_offsets=[1,2]", b"run_name=a",
     b"attention_type=astro,softmax,luna", b"compile=auto", b"position_scale=null",
 )
 
@@ -92,14 +92,14 @@ def repacked(folder: Path, content: bytes) -> bytes:
 def restored(config, path: Path) -> Callable[[bytes], None]:
     """What reads a `last.pt` of these contents as a run does that goes on."""
     model = build_model(config)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizers(model, config)
 
     def held(content: bytes) -> None:
         path.write_bytes(content)
         state = load_state(config)
         with checkpoint.fitting(path):
             model.load_state_dict(state.model)
-            restore_optimizer(optimizer, state.optimizer.state)
+            restore_optimizers(optimizer, state.optimizer.state)
             torch.zeros(3, dtype=torch.float64).copy_(state.running)
 
     return held

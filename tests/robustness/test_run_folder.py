@@ -15,11 +15,11 @@ from test_train import assert_same_outcome
 
 import train as train_module
 from run import checkpoint
-from run.locks import Held, locked, remove_stale
+from run.files import Held, locked, remove_stale
 from run.state import Interrupted, claimed
 from train import train
 
-HOLD = "import sys\nfrom run.locks import locked\nwith locked(sys.argv[1], 'works there'):\n" \
+HOLD = "import sys\nfrom run.files import locked\nwith locked(sys.argv[1], 'works there'):\n" \
        "    print('held', flush=True)\n    sys.stdin.read()\n"
 
 
