@@ -102,6 +102,45 @@ def test_amrb_reaches_every_weight_under_autocast(read_out, outer):
         assert (actual - expected).norm() <= 0.05 * expected.norm() + 1e-4, name
 
 
+class FixedFirstMemory(RMAAT):
+    """A model whose first memory is zeros, not a parameter."""
+
+    def initial_memory(self, batch_size):
+        return self.retention_factors.new_zeros(batch_size, *self.memory.shape)
+
+
+def freeze_all_but(model, *trained: str) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+
+
+UNTRAINED = {
+    "first memory of zeros": lambda model: None,
+    "frozen memory": lambda model: model.memory.requires_grad_(False),
+    "frozen position basis": lambda model: freeze_all_but(model, "head", "memory", "token"),
+    "head alone": lambda model: freeze_all_but(model, "head"),
+}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "memory"])
+@pytest.mark.parametrize("kind", UNTRAINED)
+def test_amrb_trains_what_bptt_trains_where_the_rest_is_frozen(kind, pooling):
+    config = tiny_config(dropout=0.2, pooling=pooling)
+    batch = tiny_batch(config, [40, 17, 9])
+    found = []
+    for backward in (bptt_backward, amrb_backward):
+        torch.manual_seed(0)
+        model = (FixedFirstMemory if kind == "first memory of zeros" else RMAAT)(config).double()
+        UNTRAINED[kind](model)
+        torch.manual_seed(1)
+        backward(model, batch)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    bptt, amrb = found
+    for name, gradient in bptt.items():
+        assert (amrb[name] is None) == (gradient is None), name
+        assert gradient is None or torch.equal(amrb[name], gradient), name
+
+
 def test_with_another_seed_in_the_replay_dropout_breaks_it(monkeypatch):
     config = tiny_config(dropout=0.3)
     batch = tiny_batch(config)

@@ -321,10 +321,11 @@ class GraphedBackward(Graphed):
     """
 
     def _state(self, model: RMAAT) -> list[Tensor]:
-        for p in model.parameters():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return [*super()._state(model), *(p.grad for p in model.parameters())]
+        return [*super()._state(model), *(p.grad for p in parameters)]
 
     def _clear(self, model: RMAAT) -> None:
         model.zero_grad(set_to_none=False)

@@ -22,7 +22,7 @@ def shared_weights(model: SegmentRecurrent) -> Iterator[list[Source]]:
         lower precision, or itself where nothing is cast.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    dtype = autocast_dtype(model.precision, parameters[0].device)
+    dtype = autocast_dtype(model.precision, next(model.parameters()).device)
     places = [] if dtype is None else [
         (module._parameters, name)
         for module in model.layers.modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -49,24 +49,36 @@ class GradientSums:
     """The gradients of leaves, summed over several backward passes.
 
     `.grad` stays as it is until `send_on`, and each pass's gradients are added in one multi-tensor
-    operation, in the precision of the leaf's source whatever the leaf's own.
+    operation, in the precision of the leaf's source whatever the leaf's own. Sources that are not
+    trained are left out.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = sources
-        self.sums: dict[int, Tensor] = {}  # by the source's place
+        self.sources = [(source, leaf) for source, leaf in sources if source.requires_grad]
+        self.sums: dict[int, Tensor] = {}  # by the source's index
 
     def add(
-        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, entered: Tensor
-    ) -> Tensor:
-        """Go back once through the graph of `outputs`, given their gradients (None: 1).
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None] | None, entered: Tensor
+    ) -> Tensor | None:
+        """Go back once through the graph of `outputs`, given their gradients.
 
         Args:
+            gradients: one per output, None where the output does not reach the loss; None: all 1.
             entered: a further leaf, which the outputs depend on.
         Returns:
-            Its gradient, which no sum takes in.
+            Its gradient, which is part of no sum; None where the loss does not depend on it.
         """
+        if gradients is None:
+            gradients = [torch.ones_like(output) for output in outputs]
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if output.requires_grad and gradient is not None
+        ]
+        if not pairs:
+            return None
         leaves = [entered, *(leaf for _, leaf in self.sources)]
+        outputs, gradients = zip(*pairs, strict=True)
         gradient, *found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
         found = self._widened({i: g for i, g in enumerate(found) if g is not None})
         again = [i for i in found if i in self.sums]
@@ -84,11 +96,14 @@ class GradientSums:
             torch._foreach_copy_(wide, list(narrow.values()))
         return {**found, **dict(zip(narrow, wide, strict=True))}
 
-    def send_on(self, *further: tuple[Tensor, Tensor]) -> None:
+    def send_on(self, *further: tuple[Tensor, Tensor | None]) -> None:
         """Take the sums on from the sources: into `.grad` of parameters, back through graphs.
 
         Args:
-            further: tensors and their gradients, which go the same way.
+            further: tensors and their gradients, which go the same way. Those that are not
+                trained, or have no gradient, are left out.
         """
         ends = [(self.sources[i][0], total) for i, total in self.sums.items()]
-        torch.autograd.backward(*zip(*ends, *further, strict=True))
+        ends += [(x, g) for x, g in further if x.requires_grad and g is not None]
+        if ends:
+            torch.autograd.backward(*zip(*ends, strict=True))
