@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,9 +21,9 @@ from run import checkpoint
 from run.checkpoint import CheckpointError
 from run.processes import current_processes
 from run.program import shown
-from run.state import NonFiniteError
 from train import evaluate
 from training.acceleration import resolve_device
+from training.diagnostics import check_finite
 from training.slices import Slices
 
 MAX_LINE = 16 * 2**20  # bytes of an example
@@ -71,6 +70,7 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
 
     Raises:
         DataError: the data are missing or damaged.
+        NonFiniteError: a logit is not finite.
     """
     config, device = model.config, next(model.parameters()).device
     processes = current_processes()
@@ -86,11 +86,7 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
         batches = evaluation_batches(splits[name], config, device, processes)
         slices = Slices(config, device)
         metrics = evaluate(model, batches, processes, slices)
-        result |= {
-            # JSON has no NaN, which an evaluation in float16 can come to.
-            f"{name}_{key}": value if math.isfinite(value) else None
-            for key, value in metrics._asdict().items()
-        }
+        result |= {f"{name}_{key}": value for key, value in metrics._asdict().items()}
         result[f"{name}_slices"] = slices.shares(processes)
     return result
 
@@ -129,6 +125,7 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
         `class`, and `probabilities` of all classes.
     Raises:
         DataError: a line cannot be read; it is named by its row, from 1.
+        NonFiniteError: a logit is not finite.
     """
     config, tokenizer = model.config, tokenizer_of(model)
     device = next(model.parameters()).device
@@ -151,13 +148,10 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
             offset=tokenizer.offset,
         )
         batch = collate(split, np.arange(len(chunk)), config, device)
-        probabilities = model(batch.tokens, batch.mask).float().softmax(dim=-1)
-        if not bool(probabilities.isfinite().all()):
-            raise NonFiniteError(
-                f"{source}: the model's answer to one of the last {len(chunk)} rows is not finite; "
-                "set precision=float32, or name another checkpoint"
-            )
-        for row in probabilities:
+        logits = model(batch.tokens, batch.mask)
+        failed = int((~logits.isfinite().all(dim=-1)).sum())
+        check_finite(model, failed, f"{source}, {len(chunk)} rows")
+        for row in logits.float().softmax(dim=-1):
             yield {"class": int(row.argmax()), "probabilities": row.tolist()}
 
 

@@ -198,9 +198,8 @@ def print_evaluation(model: RMAAT) -> None:
     if not is_first_process():
         return
     for split in ("val", "test"):
-        loss = result[f"{split}_loss"]
         print_result(
-            f"{split}_loss {'not finite' if loss is None else f'{loss:.4f}'}  "
+            f"{split}_loss {result[f'{split}_loss']:.4f}  "
             f"{split}_acc {result[f'{split}_accuracy']:.4f}  "
             f"({result[f'{split}_examples']:,} examples)"
         )

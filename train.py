@@ -51,7 +51,7 @@ from training.acceleration import (
     resolve_device,
     uses_cuda_graphs,
 )
-from training.diagnostics import inspect_model
+from training.diagnostics import check_finite, inspect_model
 from training.gradients import GradientSums, shared_weights
 from training.optimizer import (
     build_optimizers,
@@ -203,21 +203,26 @@ def evaluate(
         processes: those over which the examples are spread.
         slices: counts the correct answers of this process as well.
         score: what scores a batch.
+    Raises:
+        NonFiniteError: a logit is not finite.
     """
     training = model.training
     model.eval()
     device = model.memory.device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, examples
+    # Loss, correct answers, examples, and examples with a logit that is not finite.
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         logits = score(model, batch).logits
         totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
         correct = logits.argmax(dim=-1) == batch.labels
         totals[1] += correct.sum()
         totals[2] += len(batch.labels)
+        totals[3] += (~logits.isfinite().all(dim=-1)).sum()
         if slices is not None:
             slices.add(batch, correct)
     model.train(training)
-    loss, correct, examples = processes.sum(totals).tolist()
+    loss, correct, examples, failed = processes.sum(totals).tolist()
+    check_finite(model, int(failed), f"evaluation of {int(examples):,} examples")
     return Metrics(loss / examples, correct / examples, int(examples))
 
 
@@ -666,8 +671,7 @@ class Trainer:
         summary = Summary(
             dataset=config.dataset,
             test_accuracy=metrics.accuracy,
-            # JSON has no NaN, which an evaluation in float16 can come to.
-            test_loss=metrics.loss if math.isfinite(metrics.loss) else None,
+            test_loss=metrics.loss,
             best_val_accuracy=progress.best_val_accuracy,
             best_step=progress.best_step,
             steps=progress.step,

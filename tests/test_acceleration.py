@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import run_cli, tiny_batch, tiny_config
+from conftest import assert_refused, run_cli, tiny_batch, tiny_config
 
 from lra_config import dump_config
 from model import build_model
@@ -251,6 +251,22 @@ def test_a_learning_rate_beyond_all_reason_ends_with_one_line(listops_dir, tmp_p
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "learning rate 1e+30" in result.stderr and "learning_rate" in result.stderr
+
+
+def test_logits_that_overflow_float16_are_an_error_wherever_they_are_read(listops_dir, tmp_path):
+    train(run_config(tmp_path, listops_dir, max_steps=3))
+    best = tmp_path / "run" / "best.pt"
+    state = torch.load(best)
+    state["model"]["layers.0.expand.weight"].fill_(1e5)  # fits into float32 alone
+    torch.save(state, best)
+    command = ("--checkpoint", best)
+    run_cli(*command, "--eval_only", "precision=float32", cwd=tmp_path, check=True)
+    for action in (["--eval_only"], ["--predict", "-"]):
+        result = run_cli(
+            *command, *action, "precision=float16", cwd=tmp_path, stdin="[MAX 1 2 ]\n"
+        )
+        assert_refused(result, "not finite", "set precision=float32")
+        assert result.stdout == ""
 
 
 def test_internals_are_logged_on_request(listops_dir, tmp_path):

@@ -10,7 +10,24 @@ from attention.baselines import softmax_attention, visible_keys
 from attention.equations import Terms, astromorphic_response
 from attention.heads import Attention
 from dataloader import Batch
-from model import RMAAT
+from model import RMAAT, autocast_dtype
+from run.state import NonFiniteError
+
+
+def check_finite(model: RMAAT, failed: int, what: str) -> None:
+    """Raise NonFiniteError if logits of a validation, a test or a prediction are not finite.
+
+    Args:
+        failed: the number of examples with such logits.
+        what: the name of what was classified, for the message.
+    """
+    if not failed:
+        return
+    lower = autocast_dtype(model.precision, model.memory.device)
+    advice = "lower learning_rate and train again, or name another checkpoint"
+    if lower is not None:
+        advice = f"set precision=float32 instead of {str(lower).removeprefix('torch.')}"
+    raise NonFiniteError(f"{what}: the logits of {failed:,} are not finite; {advice}")
 
 
 @torch.no_grad()
