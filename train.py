@@ -14,7 +14,6 @@ from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_seed, load_splits
@@ -22,7 +21,7 @@ from dataloader import Batch, evaluation_batches, training_batches
 from footprint import check_fits
 from lra_config import Config, ConfigError
 from lra_datasets import open_dataset, training_stages
-from model import RMAAT, SegmentRecurrent, autocast_dtype, build_model
+from model import RMAAT, autocast_dtype, build_model
 from run import checkpoint
 from run.figures import curves_figure, save_figure
 from run.files import write_json
@@ -52,7 +51,7 @@ from training.acceleration import (
     uses_cuda_graphs,
 )
 from training.diagnostics import check_finite, inspect_model
-from training.gradients import GradientSums, shared_weights
+from training.gradients import StepResult, amrb_backward, bptt_backward, score
 from training.optimizer import (
     build_optimizers,
     learning_rate_factor,
@@ -83,110 +82,12 @@ SETTLING_BATCHES = 50  # that the statistics of a norm of the read-out are taken
 LEAST_SCALE = 1e-3  # of float16: a model that still overflows there is sick
 
 
-class StepResult(NamedTuple):
-    """What a backward pass leaves behind besides `.grad`."""
-
-    loss: Tensor  # () mean cross-entropy, in nats, detached
-    logits: Tensor  # (B, C), detached
-
-
-def bptt_backward(
-    model: SegmentRecurrent, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
-) -> StepResult:
-    """Add the gradients of the mean loss to `.grad`, holding all segments' activations at once.
-
-    Args:
-        batch: tokens (B, L), mask (B, L) or None, labels (B,).
-        scale: factor on the gradients, for accumulation and for float16.
-        seed: of the dropout masks; None draws one, if any is needed.
-    """
-    logits = model(batch.tokens, batch.mask, seed)
-    loss = F.cross_entropy(logits, batch.labels)
-    (scale * loss).backward()
-    return StepResult(loss.detach(), logits.detach())
-
-
-def amrb_backward(
-    model: SegmentRecurrent, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None,
-    kept: int = 1,
-) -> StepResult:
-    """Add the gradients of the mean loss to `.grad`, holding `kept` segments' activations at most.
-
-    The gradients are those of `bptt_backward`. The first pass keeps the memories (B, M, D) that
-    enter the segments, and the activations of the last `kept` ones; the backward pass runs each
-    other segment again from its memory. With k of T segments kept a step costs
-    (4T - k) / (3T) of BPTT's arithmetic.
-
-    Args:
-        batch: tokens (B, L), mask (B, L) or None, labels (B,).
-        scale: factor on the gradients, for accumulation and for float16.
-        seed: of the dropout masks; None draws one, if any is needed.
-        kept: at least 1, the algorithm as published but for the last segment's second run.
-    Source: RMAAT, astrocytic memory replay backpropagation.
-    """
-    segments, mask = model.split(batch.tokens, batch.mask)
-    replayed = max(len(segments) - kept, 0)
-    initial_memory = model.initial_memory(len(segments[0].tokens))  # (B, M, D)
-    positions = model.positions()
-    shared = None if positions is None else _leaf(positions)
-    if seed is None:
-        seed = model.dropout_seed()  # one for both passes: the replay drops what the first one did
-    # All that stays over the segments is allocated before them: small tensors that stay, strewn
-    # between activations that go, would leave the heap full of holes.
-    B, M, D = initial_memory.shape
-    replay_buffer = initial_memory.new_empty(replayed + 1, B, M, D)
-    readouts = initial_memory.new_empty(len(segments), B, D)
-
-    def run(first: int, last: int, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return model.recur(segments[first:last], shared, seed, first=first, memory=memory)
-
-    with shared_weights(model) as weights:
-        gradients = GradientSums([*weights, *([] if shared is None else [(positions, shared)])])
-        replay_buffer[0] = initial_memory.detach()
-        with torch.no_grad():
-            for index, passed in enumerate(run(0, replayed, replay_buffer[0])):
-                replay_buffer[index + 1], readouts[index] = passed
-        memory_in = _leaf(replay_buffer[replayed])
-        held = [readout for _, readout in run(replayed, len(segments), memory_in)]
-        readouts[replayed:] = torch.stack(held).detach()
-
-        readouts = _leaf(readouts)
-        logits = model.head(model.combine(readouts.unbind(0), mask))
-        loss = F.cross_entropy(logits, batch.labels)
-        readout_grads = gradients.add([scale * loss], None, readouts).unbind(0)  # T of (B, D)
-
-        memory_grad = gradients.add(held, readout_grads[replayed:], memory_in)
-        del held
-        for index in reversed(range(replayed)):
-            memory_in = _leaf(replay_buffer[index])
-            memory_out, readout = next(run(index, index + 1, memory_in))
-            # One call for both paths: two would need the graph twice.
-            memory_grad = gradients.add(
-                [readout, memory_out], [readout_grads[index], memory_grad], memory_in
-            )
-    gradients.send_on((initial_memory, memory_grad))
-    return StepResult(loss.detach(), logits.detach())
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
 class Metrics(NamedTuple):
     """Means over the examples of an evaluation."""
 
     loss: float  # nats
     accuracy: float  # fraction
     examples: int
-
-
-def score(
-    model: RMAAT, batch: Batch, scale: float = 1.0, seed: Tensor | None = None
-) -> StepResult:
-    """The mean loss and the logits of a batch, without gradients."""
-    with shared_weights(model):
-        logits = model(batch.tokens, batch.mask, seed)
-    return StepResult(scale * F.cross_entropy(logits, batch.labels), logits)
 
 
 @torch.inference_mode()
