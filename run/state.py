@@ -75,7 +75,6 @@ class Summary:
     peak_memory_mib: float  # of the first process
     parameters: int
     seed: int
-    skipped_steps: int  # `on_nonfinite: skip`
     processes: int
     hardware: str
     data: str  # downloaded, generated, or what the data stand in for
@@ -85,6 +84,7 @@ class Summary:
     versions: dict[str, str]  # when the run was started or resumed
     # Of the test split, `training.slices.Slices.shares`; runs of older versions have none.
     test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    skipped_steps: int = 0
     precision: str = ""  # what `precision` came to; runs of older versions do not tell
     # What the run's first screen said it would take, `training.overview.Overview.expected`.
     expected: dict[str, float | None] = field(default_factory=dict)

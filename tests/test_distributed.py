@@ -18,7 +18,7 @@ from lra_config import Config, ConfigError, dump_config, make_config
 from run import checkpoint
 from run.log import read_metrics
 from run.processes import joined_processes
-from train import Trainer
+from train import prepare, train, train_step
 
 GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 STEPS = 20
@@ -38,9 +38,9 @@ def config_of(data_dir: Path, folder: Path, name: str, **changes) -> Config:
 
 
 def first_gradients(config: Config, path: Path) -> None:
-    trainer = Trainer(config, resume=False)
-    trainer.train_step()
-    if trainer.is_writer:
+    trainer = prepare(config, resume=False)
+    train_step(trainer)
+    if trainer.processes.is_first:
         torch.save({n: p.grad for n, p in trainer.model.named_parameters()}, path)
 
 
@@ -98,7 +98,7 @@ def run_in_processes(count: int, *arguments: object, cwd: Path) -> subprocess.Po
 def one_process(listops_dir, tmp_path_factory) -> Path:
     """The folder of a run of one process, batch 8."""
     folder = tmp_path_factory.mktemp("one")
-    Trainer(config_of(listops_dir, folder, "run", batch_size=8), resume=False).run()
+    train(config_of(listops_dir, folder, "run", batch_size=8))
     return folder / "run"
 
 
@@ -124,7 +124,7 @@ def test_torchrun_follows_one_process(listops_dir, one_process, tmp_path):
         assert output.count("test_acc") == 1
     assert_follows(tmp_path / "run", one_process)
     with pytest.raises(ConfigError, match="2 processes"):
-        Trainer(config_of(listops_dir, tmp_path, "run", batch_size=4), resume=True)
+        prepare(config_of(listops_dir, tmp_path, "run", batch_size=4), resume=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["processes"] == 2 and summary["examples"]["test"] == 20
     expected = json.loads((one_process / "summary.json").read_text())
@@ -133,7 +133,7 @@ def test_torchrun_follows_one_process(listops_dir, one_process, tmp_path):
 
 def test_accumulation_follows_one_process(listops_dir, one_process, tmp_path):
     config = config_of(listops_dir, tmp_path, "run", batch_size=2, accumulate=4)
-    Trainer(config, resume=False).run()
+    train(config)
     assert_follows(tmp_path / "run", one_process)
 
 

@@ -23,7 +23,15 @@ from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
 from run.processes import Processes
-from train import Trainer, amrb_backward, evaluate, load_initial_weights, settle_statistics, train
+from train import (
+    amrb_backward,
+    evaluate,
+    load_initial_weights,
+    prepare,
+    recompute_statistics,
+    train,
+    train_step,
+)
 from training.optimizer import build_optimizers, learning_rate_factor
 from utils import seed_step
 
@@ -48,7 +56,7 @@ def test_an_earlier_end_keeps_the_schedule():
 def test_the_position_basis_learns_faster_and_takes_no_weight_decay():
     config = tiny_config(position_lr_factor=7.0, weight_decay=0.5)
     model = build_model(config)
-    groups = build_optimizers(model, config).param_groups
+    groups = build_optimizers(model, config)["adamw"].param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(names)
@@ -155,7 +163,7 @@ def test_a_run_begun_anew_keeps_nothing_of_the_one_before(tmp_path, listops_dir)
     train(config)
     (tmp_path / "run" / "wandb_id").write_text("of the run before")
     (tmp_path / "run" / "last.pt").unlink()
-    Trainer(config, resume=False)
+    prepare(config, resume=False)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
@@ -164,7 +172,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, monkeyp
     changes = {"pooling": "memory", "astro_mem": False, "seed": 1}
     changes["initial_checkpoint"] = str(tmp_path / "first" / "model.safetensors")
     config = run_config(tmp_path, listops_dir, "whole", **changes)
-    begun = Trainer(config, resume=False).model.state_dict()
+    begun = prepare(config, resume=False).model.state_dict()
     first = checkpoint.load(tmp_path / "first" / "best.pt")["model"]
     assert all(torch.equal(begun[name], first[name]) for name in first)
 
@@ -235,23 +243,21 @@ def test_a_run_that_reaches_its_target_between_lines_of_the_log_counts_all_its_s
     assert summary.steps < config.max_steps and summary.tokens_per_second > 0
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({"checkpoint_interval": None, "checkpoint_seconds": 1e-9}, list(range(1, 13))),
-    ({"checkpoint_interval": None, "checkpoint_seconds": 3600}, [12]),
-    ({"checkpoint_interval": 5, "checkpoint_seconds": 1e-9}, [5, 10, 12]),
+@pytest.mark.parametrize(("interval", "seconds", "expected"), [
+    (None, 1e-9, list(range(1, 13))), (None, 3600, [12]), (5, 1e-9, [5, 10, 12]),
 ], ids=["always", "hourly", "steps"])
-def test_checkpoints_come_by_the_clock_unless_steps_are_given(
-    tmp_path, listops_dir, monkeypatch, changes, expected
+def test_checkpoints_follow_the_clock_unless_an_interval_is_given(
+    tmp_path, listops_dir, monkeypatch, interval, seconds, expected
 ):
-    saved, save = [], train_module.Trainer.save
+    saved, save = [], train_module.save
 
-    def noted(self):
-        saved.append(self.progress.step)
-        save(self)
+    def noted(run):
+        saved.append(run.progress.step)
+        save(run)
 
-    monkeypatch.setattr(train_module.Trainer, "save", noted)
-    config = {**run_config(tmp_path, listops_dir, "run").model_dump(), **changes}
-    train(make_config(config))
+    monkeypatch.setattr(train_module, "save", noted)
+    monkeypatch.setattr(train_module, "CHECKPOINT_SECONDS", seconds)
+    train(run_config(tmp_path, listops_dir, "run", checkpoint_interval=interval))
     assert saved == expected
 
 
@@ -350,11 +356,11 @@ def test_both_ways_of_training_follow_each_other(tmp_path, listops_dir):
 def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
     """The loop adds nothing to the gradients but the clipping."""
     config = run_config(tmp_path, listops_dir, "run", grad_clip=0.0)
-    trainer = train_module.Trainer(config, resume=False)
+    trainer = train_module.prepare(config, resume=False)
     (batch,) = trainer.upcoming
     twin = build_model(config)
     twin.load_state_dict(trainer.model.state_dict())
-    trainer.train_step()
+    train_step(trainer)
     seed_step(config.seed, 0)
     amrb_backward(twin, batch)
     for ours, expected in zip(trainer.model.parameters(), twin.parameters(), strict=True):
@@ -376,7 +382,7 @@ def test_a_batch_normed_readout_is_evaluated_by_the_weights_of_the_step(tmp_path
     batches = training_batches(
         load_splits(open_dataset(config))["train"], config, torch.device("cpu")
     )
-    settle_statistics(model, [next(batches)[0] for _ in range(config.max_steps)])
+    recompute_statistics(model, [next(batches)[0] for _ in range(config.max_steps)])
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
     close(norm.running_mean, before)  # what the run had put there
     close(norm.running_mean, torch.stack([x.mean(dim=0) for x in seen]).mean(dim=0))
@@ -389,5 +395,5 @@ def test_a_batch_normed_readout_is_refused_where_processes_share_a_step(tmp_path
     monkeypatch.setattr(train_module, "current_processes", lambda: Processes(0, 2))
     config = tiny_config(readout_norm="batch", output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="2; start one, or set readout_norm=none"):
-        train_module.Trainer(config, resume=False)
+        train_module.prepare(config, resume=False)
     assert not list(tmp_path.iterdir())

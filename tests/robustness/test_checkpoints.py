@@ -24,7 +24,7 @@ from predict import load_trained, predict
 from run import checkpoint
 from run.log import read_metrics
 from run.state import NonFiniteError, finished, load_state
-from train import Trainer, train
+from train import prepare, train
 from training.optimizer import build_optimizers, restore_optimizers
 
 
@@ -223,9 +223,9 @@ def test_the_groups_of_a_saved_optimizer_are_not_taken_over(run, listops_dir):
         group.update(lr="fast", betas=None, weight_decay=1e9, factor=-1)
     torch.save(state, path)
     config = config_of(listops_dir, run.parent)
-    trainer = Trainer(config, resume=True)
-    expected = build_optimizers(trainer.model, config).state_dict()["param_groups"]
-    assert trainer.optimizer.state_dict()["param_groups"] == expected
+    trainer = prepare(config, resume=True)
+    expected = build_optimizers(trainer.model, config)["adamw"].state_dict()["param_groups"]
+    assert trainer.optimizers["adamw"].state_dict()["param_groups"] == expected
 
 
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(run, listops_dir):
@@ -253,7 +253,7 @@ def test_a_run_does_not_go_on_over_other_data(run, listops_dir, tmp_path):
     copied = Path(shutil.copytree(listops_dir, tmp_path / "copied"))
     shutil.rmtree(copied / ".cache")
     config = config_of(copied, run.parent)
-    Trainer(config, resume=True)  # the same data elsewhere, packed anew
+    prepare(config, resume=True)  # the same data elsewhere, packed anew
     path = copied / "lra_release/listops-1000/basic_train.tsv"
     rows = path.read_text().splitlines()
     rows[1], rows[2] = rows[2], rows[1]
@@ -393,7 +393,7 @@ def test_a_summary_of_garbage_is_none(run, listops_dir, content):
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path, listops_dir):
-    trainer = Trainer(config_of(listops_dir, tmp_path), resume=False)
+    trainer = prepare(config_of(listops_dir, tmp_path), resume=False)
     trainer.log.write(3, val_loss=float("nan"), val_accuracy=np.float64(0.5))
     (row,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(row, parse_constant=pytest.fail) == {
