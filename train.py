@@ -148,6 +148,7 @@ class Run:
     scaler: torch.amp.GradScaler
     backward: Callable[..., StepResult]
     score: Callable[..., StepResult]
+    graphed: bool  # whether a step is a captured CUDA graph
     progress: Progress
     # Sums of loss, correct answers and real tokens since the last line of the log. They stay on
     # the device, so that a step does not wait for them.
@@ -270,8 +271,9 @@ def prepare(config: Config, resume: bool) -> Run:
         optimizers=build_optimizers(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=float16),
         backward=amrb_backward if config.memory_replay_backprop else bptt_backward,
-        score=score, progress=Progress(), versions=software, overview=None, upcoming=[],
-        sums=torch.zeros(3, dtype=torch.float64, device=device), steps=iter(()),
+        score=score, graphed=graphed, progress=Progress(), versions=software,
+        overview=None, upcoming=[], sums=torch.zeros(3, dtype=torch.float64, device=device),
+        steps=iter(()),
     )
     if state is not None:
         restore(run, state)
@@ -384,7 +386,7 @@ def train_step(run: Run) -> None:
     seed_step(config.seed, progress.step, run.processes.rank)
     run.learning_rate = set_learning_rate(run.optimizers, progress.step, config)
     # Captured graphs write into the same gradient tensors again.
-    model.zero_grad(set_to_none=not isinstance(run.backward, GraphedBackward))
+    model.zero_grad(set_to_none=not run.graphed)
     scale = 1 / len(batches)
     if run.scaler.is_enabled():
         scale = run.scaler.scale(torch.full((), scale, device=run.device))

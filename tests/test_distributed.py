@@ -50,7 +50,7 @@ def first_gradients_of_one_rank(rank: int, port: int, runs: list[tuple[Config, P
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    with joined_processes(300):
+    with joined_processes():
         for config, path in runs:
             first_gradients(config, path)
     # A thread of gloo that outlives the interpreter now and then aborts it.
