@@ -70,14 +70,14 @@ Adjustable = Annotated[Value, Role(may_change=True)]
 class Data(BaseModel):
     """The task and its files. Lengths count tokens."""
 
-    dataset: Model[Dataset]
-    data_dir: Local[str] = "datasets"
-    # pathfinder32: contours of 6, 9 or 14 paddles; or a curriculum, which maps each split to the
-    # step from which it is used. A curriculum ends with the hard split and is evaluated on it.
+    dataset: Model[Dataset]  # the task; see docs/data.md
+    data_dir: Local[str] = "datasets"  # folder that holds the data sets
+    # pathfinder32: contours of 6, 9 or 14 paddles. A curriculum maps each split to the step from
+    # which it is used; it ends with the hard split and is evaluated on it
     pathfinder_split: PathfinderSplit | dict[PathfinderSplit, Count] = "hard"
     download: Execution[bool] = False  # fetch CIFAR-10 or IMDb if they are missing
-    max_seq_len: Model[Size]  # after padding to full segments; null: the task's
-    document_pair: Model[Literal["joint", "separate"]] = "joint"  # aan: one sequence, or one each
+    max_seq_len: Model[Size]  # L, after padding to full segments; null: of the task
+    document_pair: Model[Literal["joint", "separate"]] = "joint"  # aan: one or two sequences
     bucket_by_length: bool = False  # batches of similar length: less padding, same epochs
 
     @property
@@ -141,12 +141,12 @@ class Data(BaseModel):
 class Segments(BaseModel):
     """The recurrence over segments and its memory."""
 
-    num_segments: Model[Size]  # T; null: the task's (paper: one of 2, 4, 8, 16)
+    num_segments: Model[Size]  # T; null: of the task (paper: 2, 4, 8 or 16)
     num_memory_tokens: Model[Count] = 1  # M; 0 is the no-memory ablation
-    astro_mem: Model[bool] = True  # retention factor on the memory (paper); false: all are 1
+    astro_mem: Model[bool] = True  # retention factor on the memory (paper); false: 1
     memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
     # AMRB replays all T segments (paper), all but those whose activations fit into memory (auto),
-    # or this many, and keeps the activations of the others. The gradients are the same.
+    # or this many, and keeps the activations of the others; the gradients are the same
     replay_segments: Execution[Literal["all", "auto"] | Count] = "all"
 
     @property
@@ -195,20 +195,23 @@ class Encoder(BaseModel):
     The paper publishes none of these values.
     """
 
-    dim: Model[Size] = 64
+    dim: Model[Size] = 64  # D, width of the encoder
     num_layers: Model[Size] = 2
-    num_heads: Model[Size] = 2
-    ffn_dim: Model[Size] = 128
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    num_heads: Model[Size] = 2  # H, a divisor of dim
+    ffn_dim: Model[Size] = 128  # width of the feed-forward block
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # after embedding, attention, feed-forward
+    # Read-out: mean over all tokens, over the last segment, over the memory tokens, or a sum that
+    # weighs pixels by their intensity
     pooling: Model[Literal["mean", "last", "memory", "intensity"]] = "mean"
-    readout_norm: Model[Literal["none", "batch"]] = "none"  # of the head's input
+    readout_norm: Model[Literal["none", "batch"]] = "none"  # normalizes the head's input
     classifier_dim: Model[Size | None] = None  # hidden layer of the head; null: a linear head
-    # Initialization of the token embedding; ordinal: similar vectors for similar gray levels
+    # Initialization of token embeddings; ordinal: similar vectors for similar gray levels
     token_embedding: Literal["random", "ordinal"] = "random"
+    # Added to the token embeddings, not to memory tokens
     position_embedding: Model[Literal["learned", "sinusoidal", "none"]] = "learned"
     # Initialization of learned positions; sinusoidal_2d: of the rows and columns of an image
     position_init: Literal["noise", "sinusoidal", "sinusoidal_2d"] = "noise"
-    position_init_scale: Positive = 0.5  # factor on those sinusoids
+    position_init_scale: Positive = 0.5  # factor on the sinusoids of position_init
     # Extension: a residual depthwise 3 x 3 convolution over pixels in front of each attention
     token_mixer: Model[Literal["none", "conv3x3"]] = "none"
 
@@ -270,24 +273,25 @@ class Encoder(BaseModel):
 class Attention(BaseModel):
     """The attention inside a segment. Each term of the astromorphic attention is one switch."""
 
+    # astro: RMAAT and AT; softmax: RMT and the Transformer; linear: RLT; docs/comparing.md
     attention_type: Model[Literal["astro", "softmax", "linear", "nystrom", "luna"]] = "astro"
     num_hidden: Model[Size | None] = None  # m of a head (paper: free); null: the head's width
     hebbian_astro: Model[bool] = True  # H_astro, the relative positions (paper)
     hebbian_sigmoid: Model[bool] = False  # sigmoid around H: AT has it, RMAAT does not (paper)
-    hebbian_divisor: Model[Positive | None] = None  # of H; null: num_hidden. Our choice
-    presynaptic_alpha: Model[Positive] = 0.25  # paper; AT's tested range is 0.15-0.4
+    hebbian_divisor: Model[Positive | None] = None  # of H; null: num_hidden; our choice
+    presynaptic_alpha: Model[Positive] = 0.25  # exponent of g (paper; AT tested 0.15 to 0.4)
     presynaptic_normalize: Model[bool] = True  # P = 1 / C (paper); false: P = 1
-    decay_scale: Model[NonNegative] = 1.0  # of the position kernel, per token; unpublished
+    decay_scale: Model[NonNegative] = 1.0  # decay of the position kernel per token; unpublished
     # Initialization of B, unpublished. landmarks: each hidden neuron reads one position;
     # neighbors: attention is initialized to copy single neighboring tokens
     basis_init: Model[Literal["landmarks", "neighbors", "random"]] = "landmarks"
-    # The neighbors that are copied, in tokens; the heads take them in turn
+    # With basis_init=neighbors: distances to the copied tokens, for the heads in turn
     neighbor_offsets: Annotated[list[Offset], Field(max_length=1000)] = [-1, 1]
-    # Digits of the position code; more digits leave more features to the tokens
+    # With basis_init=neighbors: digits of the position code; more leave more features to tokens
     neighbor_code_digits: Model[Annotated[int, Field(ge=2, le=8)]] = 2
     position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
-    nystrom_landmarks: Model[Size] = 64  # attention_type: nystrom
-    nystrom_conv: Model[Count] = 35  # width of its convolution over the values, odd; 0: off
+    nystrom_landmarks: Model[Size] = 64  # with attention_type=nystrom
+    nystrom_conv: Model[Count] = 35  # width of its convolution, odd; 0: off
 
     @property
     def copies_neighbors(self) -> bool:
@@ -357,25 +361,25 @@ class Attention(BaseModel):
 class Optimization(BaseModel):
     """The training. Intervals count optimizer steps."""
 
-    # Weights to start from: a last.pt, a best.pt or a .safetensors; the optimizer starts anew.
+    # Weights to start from: a last.pt, a best.pt or a .safetensors; the optimizer starts anew
     initial_checkpoint: str | None = None
     batch_size: Size = 32  # per process and backward pass
     accumulate: Size = 1  # backward passes per step
-    max_steps: Size = 5_000
-    # End earlier on the same schedule; in the outcome `last_step` replaces it.
+    max_steps: Size = 5_000  # optimizer steps of the schedule
+    # End earlier, on the schedule of max_steps
     stop_after_steps: Execution[Size | None] = None
-    # End at the first validation that reaches this fraction; null: train all steps.
+    # End at the first validation that reaches this fraction; null: train all steps
     target_accuracy: Adjustable[Annotated[float, Field(gt=0, le=1)] | None] = None
     # muon: torch.optim.Muon for the matrices of the layers, AdamW for the rest; unpublished
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_lr_factor: Positive = 3.0  # learning rate of Muon over that of AdamW
-    learning_rate: Positive = 1e-3
-    warmup_steps: Count = 200
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: NonNegative = 0.01
-    grad_clip: NonNegative = 1.0  # global norm; 0: off
-    eval_interval: Adjustable[Size] = 250
-    seed: Count = 0
+    learning_rate: Positive = 1e-3  # peak of the schedule
+    warmup_steps: Count = 200  # linear rise from 0
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up, to 0
+    weight_decay: NonNegative = 0.01  # of matrices, not of embeddings, norms, biases and B
+    grad_clip: NonNegative = 1.0  # largest global norm of the gradient; 0: off
+    eval_interval: Adjustable[Size] = 250  # steps between validations
+    seed: Count = 0  # of weights, order, dropout and held-out examples
 
     @property
     def last_step(self) -> int:
@@ -407,6 +411,7 @@ class Optimization(BaseModel):
 class ExecutionKeys(BaseModel):
     """How the same computation is carried out on a machine."""
 
+    # auto: CUDA if there is a device
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Role(outcome=False, local=True, may_change=True)
     ] = "auto"
@@ -416,17 +421,17 @@ class ExecutionKeys(BaseModel):
     attention_backend: Execution[Literal["auto", "reference", "fused"]] = "auto"
     compile: Execution[Literal["auto"] | bool] = "auto"  # torch.compile of a segment; auto: CUDA
     cuda_graphs: Execution[Literal["auto"] | bool] = "auto"  # capture and replay the full step
-    checkpoint_interval: Execution[Size | None] = None  # steps; null: every 30 seconds
+    checkpoint_interval: Execution[Size | None] = None  # steps between checkpoints; null: 30 s
 
 
 class Logging(BaseModel):
     """The run's folder and its log."""
 
-    output_dir: Local[str] = "runs"
+    output_dir: Local[str] = "runs"  # the run's folder is output_dir/run_name
     run_name: Execution[str]  # null: <dataset>_<attention_type>_seed<seed>
-    log_interval: Execution[Size] = 10
+    log_interval: Execution[Size] = 10  # steps between lines of metrics.jsonl
     log_internals: Execution[bool] = False  # gradient norm, smallest C, norms of the memories
-    wandb: Local[bool] = False
+    wandb: Local[bool] = False  # mirror the log to Weights & Biases
     wandb_project: Local[str] = "rmaat"
     wandb_run_name: Local[str | None] = None  # null: run_name
 
