@@ -4,8 +4,8 @@ The slow astrocytic process p^l of a small network driven for a few short-term p
 cycles integrates from cycle to cycle and saturates. What one cycle still adds to it, as a share of
 what all T cycles add, is the factor by which RMAAT scales the memory after segment t of T.
 
-    python astrocyte.py                   # prints the factors
-    python astrocyte.py --plot FILE.png   # draws the two processes and the factors
+    python astrocyte.py          # prints the factors
+    python plots.py astrocyte    # draws the two processes and the factors
 
 Synapse (i, j) leads from presynaptic neuron j to postsynaptic neuron i; (k, l) is another one. The
 paper's symbols and their names here (its attention has a g, a phi, an m and a T of its own):
@@ -36,7 +36,6 @@ from scipy.integrate import solve_ivp
 from scipy.special import expit
 from torch import Tensor
 
-from run.figures import new_figure, save_figure
 from run.program import Parser, print_result, run_program
 
 SAMPLES_PER_PHASE = 60  # a cycle has two phases: input on, then off
@@ -252,54 +251,11 @@ def retention_factors(num_segments: int, parameters: MacroModelParameters = DEFA
     return increments / increments.sum()
 
 
-def plot(path: str, parameters: MacroModelParameters = DEFAULT) -> None:
-    """Draw the two astrocytic processes over the cycles, and the factors they yield.
-
-    Raises:
-        OSError: the file `path` cannot be written.
-        PlotError: its suffix names no image format.
-    """
-    from matplotlib import colormaps
-
-    trajectory = simulate(parameters)
-    processes = (
-        (trajectory.p_short, "Fast process, STP", r"mean $p^s_{ij}$", "tab:orange"),
-        (trajectory.p_long, "Slow process, LTP", r"mean $p^l_{ij}$", "tab:blue"),
-    )
-    figure = new_figure(11, 3.2)
-    axes = figure.subplots(1, 3)
-    for axis, (process, title, label, color) in zip(axes, processes, strict=False):
-        for cycle in range(parameters.num_cycles):
-            axis.axvspan(cycle, cycle + parameters.duty_cycle, color="0.93", linewidth=0)
-        cycles, mean = trajectory.times / parameters.tau_cycle, process.mean(axis=(1, 2))
-        axis.plot(cycles, mean, color=color)
-        axis.set(title=title, xlabel=r"time (cycles of $\tau_{cycle}$, input on in grey)")
-        axis.set(ylabel=label, xlim=(0, parameters.num_cycles), ylim=(0, None))
-    ends = trajectory.cycle_ends
-    axes[1].plot(cycles[ends], mean[ends], "o", color=color, clip_on=False, label="cycle ends")
-    axes[1].legend(frameon=False, loc="lower right")
-
-    shades = colormaps["viridis"](np.linspace(0.85, 0.0, len(TABLE_SEGMENTS)))
-    for T, shade, marker in zip(TABLE_SEGMENTS, shades, "vs^o", strict=True):
-        factors = retention_factors(T, parameters)
-        axes[2].plot(
-            range(1, T + 1), factors, marker=marker, color=shade, markersize=4, label=f"T = {T}"
-        )
-    axes[2].set(title="Memory retention factor", xlabel="segment t", ylabel="factor")
-    axes[2].set(ylim=(0, None), xticks=(1, *TABLE_SEGMENTS))
-    axes[2].legend(frameon=False)
-    save_figure(figure, path)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Print or plot the factors; return 0 when done, 2 when the file cannot be written."""
+    """Print the factors; return the exit status."""
     def command() -> None:
         parser = Parser(prog="astrocyte.py", description="Retention factors of the macro model.")
-        parser.add_argument("--plot", metavar="FILE.png", help="draw a figure, print no table")
-        path = parser.parse_args(arguments).plot
-        if path is not None:
-            plot(path)
-            return
+        parser.parse_args(arguments)
         for T in TABLE_SEGMENTS:
             factors = " ".join(f"{factor:.4f}" for factor in retention_factors(T))
             print_result(f"T = {T:2d}  {factors}")

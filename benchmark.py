@@ -30,14 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import tables
 from dataloader import Batch
-from experiments import published
-from experiments.published import AMRB, BPTT
-from experiments.tables import markdown
 from lra_config import Config, make_config, read_mapping
 from model import RMAAT, build_model
 from run.files import write_json
 from run.program import Parser, run_program
+from tables import AMRB, BPTT, markdown
 from train import StepResult, amrb_backward, bptt_backward
 from training.acceleration import GraphedBackward, compile_model, resolve_device
 from training.cost import count_flop
@@ -68,9 +67,9 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{AMRB}, bfloat16, compiled, CUDA graphs": (
         "rmaat", {"precision": "bfloat16", "compile": True, "cuda_graphs": True}
     ),
-    **{name: (key, {}) for key, name in reversed(published.SYSTEMS.items()) if key != "rmaat"},
+    **{name: (key, {}) for key, name in reversed(tables.SYSTEMS.items()) if key != "rmaat"},
 }
-RMT, TRANSFORMER = published.SYSTEMS["rmt"], published.SYSTEMS["transformer"]
+RMT, TRANSFORMER = tables.SYSTEMS["rmt"], tables.SYSTEMS["transformer"]
 MEMORY_SYSTEMS = [AMRB, BPTT, CHECKPOINTED, RMT, TRANSFORMER]
 MEASURED = ("step_seconds", "peak_mib", "reserved_mib", "gflop", "kernels", "compile_seconds")
 

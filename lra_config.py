@@ -508,14 +508,17 @@ RETIRED = {
 }
 
 
-def renamed(values: dict[str, Any], source: str) -> dict[str, Any]:
+def renamed(values: dict[str, Any], source: str, *, quiet: bool = False) -> dict[str, Any]:
     """Return a mapping with the keys and values of earlier versions under their new names.
+
+    Each old name is one line on standard error, unless `quiet`.
 
     Raises:
         ConfigError: a retired key has another value than the one that is built in now, or a key
             is given under both names.
     """
     found: dict[str, Any] = {}
+    say = (lambda text: None) if quiet else note
     for key, value in values.items():
         if key in RETIRED:
             if value != RETIRED[key]:
@@ -528,14 +531,14 @@ def renamed(values: dict[str, Any], source: str) -> dict[str, Any]:
             kind = "sinusoidal_2d" if values.get("position_grid") else "sinusoidal"
             found["position_init"] = "noise" if value is None else kind
             if value is None:
-                note(f"{source}: {key}=null is now position_init=noise")
+                say(f"{source}: {key}=null is now position_init=noise")
                 continue
         new, names = RENAMED.get(key, (key, {}))
         value = names.get(value, value) if isinstance(value, Hashable) else value
         if new != key:
             if new in values:
                 raise ConfigError(f"{source}: {key} is the old name of {new}; remove {key}")
-            note(f"{source}: {key} is now {new}={shown(value)}")
+            say(f"{source}: {key} is now {new}={shown(value)}")
         found[new] = value
     return found
 
@@ -662,16 +665,19 @@ def single_values(overrides: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, (value,) in parsed.items()}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False
+) -> Config:
     """Read a YAML file, apply overrides in order, and validate.
 
     Args:
         path: the YAML file.
         overrides: `key=value` strings; the value is read as YAML.
+        quiet: accept old names of keys without a line about them, as in the records of runs.
     Raises:
         ConfigError: a missing, unreadable or empty file, or any invalid key or value.
     """
-    values = renamed(read_mapping(path), str(path))
+    values = renamed(read_mapping(path), str(path), quiet=quiet)
     return make_config({**values, **renamed(single_values(overrides), "override")}, str(path))
 
 

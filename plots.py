@@ -1,185 +1,401 @@
-"""Pictures from what runs and measurements leave.
+"""Figures of runs and measurements.
 
+    python plots.py all                  redraw every figure of results/figures
     python plots.py curves RUN...        training loss and validation accuracy over the steps
     python plots.py segments RUN...      test accuracy over the number of segments
-    python plots.py retention RUN...     the retention factors of the runs' memories
-    python plots.py attention RUN LINE   what every row of a segment reads from every other
-    python plots.py memory FILE...       peak memory over time of `benchmark.py memory`'s systems
+    python plots.py retention RUN...     the retention factors of the runs
+    python plots.py attention RUN TEXT   the weights with which positions read each other
+    python plots.py memory FILE...       peak memory over step time, from `benchmark.py memory`
+    python plots.py astrocyte            the two processes of the macro model, and its factors
 
-RUN is a folder as `run_train.py` leaves it; `--out FILE` names the picture. Without a word in front
-the runs' curves are drawn.
+RUN is a folder that `run_train.py` wrote; `--out FILE` names the figure. Without a command name the
+curves of the runs are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
-from lra_config import Config, Size, load_config
-from run.figures import PlotError, curves_figure, line_styles, new_figure, save_figure
-from run.files import read_json
-from run.program import Parser, run_program
+from lra_config import Config, Size, load_config, read_mapping
+from run.files import atomic_write, read_json, write_json
+from run.log import read_metrics
+from run.program import Parser, UserError, log_line, one_line, run_program
+from tables import ACCURACY, SYSTEMS, TASKS
 
-if TYPE_CHECKING:
-    import numpy as np
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from model import RMAAT
+ROOT = Path(__file__).parent
+FIGURES = Path("results/figures")
+SOURCES = "sources.json"  # in FIGURES: the SHA-256 of each figure's input files
+
+STYLE = {
+    "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.fontsize": "small", "legend.frameon": False,
+    "lines.linewidth": 1.3, "lines.markersize": 4.5, "errorbar.capsize": 3,
+    "savefig.dpi": 120, "image.cmap": "gray_r", "svg.fonttype": "none",
+}
+# Okabe and Ito's colors, with a gray instead of their yellow. Lightness, dashes and markers differ
+# too, so that lines differ in grayscale. Eight each, as the paper compares eight systems.
+COLORS = (
+    "#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#777777",
+)
+DASHES = (
+    "-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 1, 2, 1)),
+)
+MARKERS = ("o", "s", "^", "D", "v", "x", "*", "P")
+MOST_MARKERS = 20  # on a curve, about
+
+
+class PlotError(UserError, ValueError):
+    """Something that cannot be drawn, or a figure that cannot be written."""
 
 
 class Finished(BaseModel):
-    """What a `summary.json` says that pictures need."""
+    """The values of a `summary.json` that figures need."""
 
     steps: Size
     test_accuracy: Annotated[float, Field(ge=0, le=1)]
     examples: dict[str, Size]
 
 
-def draw_curves(arguments: argparse.Namespace) -> Figure:
-    # By the folders' names, with as much of their paths as tells runs of one name apart.
-    common = os.path.commonpath([folder.absolute().parent for folder in arguments.runs])
-    runs = {str(folder.absolute().relative_to(common)): folder for folder in arguments.runs}
-    return curves_figure(runs)
+def line_style(number: int) -> dict[str, Any]:
+    """Return arguments of `Axes.plot` that distinguish line `number` from the others."""
+    return {
+        "color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)], "markerfacecolor": "white", "clip_on": False,
+    }
 
 
-def draw_attention(arguments: argparse.Namespace) -> Figure:
-    from predict import encode_line, load_trained, tokenizer_of
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, that needs no display."""
+    from matplotlib.figure import Figure
 
-    model = load_trained(arguments.run / "model.safetensors")
-    text = arguments.line.encode()
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(path: str | Path, draw: Callable[[], Figure]) -> None:
+    """Draw a figure in the common style and write it atomically; the suffix chooses the format.
+
+    Raises:
+        PlotError: the suffix is not a format of matplotlib, or `draw` raises it.
+    """
+    path = Path(path)
+    # An inherited MPLBACKEND may name a package that is not installed. A notebook keeps its own.
+    if "ipykernel" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = draw()
+        if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
+            raise PlotError(f"{path}: the suffix names no figure format; use .png, .pdf or .svg")
+        with atomic_write(path) as handle:
+            figure.savefig(handle, format=path.suffix[1:])
+
+
+def write_curves(folder: str | Path) -> None:
+    """Write a run's `curves.png`. Never raises: a failure is one line of the log."""
+    path = Path(folder) / "curves.png"
     try:
-        documents = encode_line(text, model.config, tokenizer_of(model))
-    except ValueError as error:
-        raise PlotError(f"LINE {error}") from None
-    if len(documents) > 1:
-        raise PlotError(f"{arguments.run}: of a pair of documents there is no picture")
-    return attention_figure(model, documents[0], arguments.segment)
+        write_figure(path, lambda: curves_figure([Path(folder)]))
+    except Exception as error:
+        log_line(one_line(f"{path}: not drawn, {type(error).__name__}: {error}"))
+
+
+def run_config(folder: Path) -> Config | None:
+    """Return a run's configuration; None if it is missing or cannot be read."""
+    try:
+        return load_config(folder / "config.yaml", quiet=True)
+    except UserError:
+        return None
+
+
+def system_name(config: Config) -> str:
+    """Return the paper's name of the system that a configuration describes."""
+    single = config.num_segments == config.num_sequences
+    systems = {
+        "astro": "at" if single and config.hebbian_sigmoid else "rmaat",
+        "linear": "linear_transformer" if single else "rlt",
+        "softmax": "transformer" if single else "rmt",
+        "nystrom": "nystromformer", "luna": "luna",
+    }
+    return SYSTEMS[systems[config.attention_type]]
+
+
+def labeled_runs(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """Group runs that differ by their seed only, under a label for the legend.
+
+    A label is the system's name. Groups of one system add the keys that differ between them. A run
+    without a readable configuration is labeled by its path.
+    """
+    groups: dict[str, list[Path]] = defaultdict(list)
+    values: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    common = os.path.commonpath([folder.absolute().parent for folder in folders])
+    for folder in folders:
+        config = run_config(folder)
+        key = str(folder.absolute().relative_to(common))
+        if config is not None:
+            outcome = config.model_dump(include=set(Config.keys("outcome")) - {"seed"})
+            values[key := json.dumps(outcome, sort_keys=True)] = outcome
+        groups[key].append(folder)
+        names[key] = key if config is None else system_name(config)
+    labels = {}
+    for key, runs in groups.items():
+        same = [values[other] for other in values if names[other] == names[key]]
+        differing = [k for k in values.get(key, ()) if any(v[k] != same[0][k] for v in same)]
+        shown = [f"{k}={json.dumps(values[key][k])}".replace('"', "") for k in differing[:3]]
+        label = ", ".join([names[key], *shown])
+        labels[label if label not in labels else str(runs[0])] = runs
+    return labels
+
+
+def mean_and_range(
+    runs: Sequence[Sequence[dict[str, Any]]], key: str, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return steps that all runs have reached, and the mean, least and largest value there.
+
+    Runs that logged at other steps than the first one are interpolated.
+    """
+    series = [
+        np.array([(r["step"], scale * r[key]) for r in rows if r.get(key) is not None])
+        .reshape(-1, 2).T for rows in runs
+    ]
+    steps = series[0][0]
+    for own, _ in series:
+        steps = steps[(steps >= own.min(initial=np.inf)) & (steps <= own.max(initial=-np.inf))]
+    values = np.array([np.interp(steps, *own) if len(steps) else steps for own in series])
+    return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def draw_reference_lines(axes: Axes, config: Config) -> None:
+    """Draw the accuracy of chance and the paper's RMAAT on a task, as gray lines."""
+    lines = [("chance", 100 / config.task.num_classes, ":")]
+    for name in TASKS:
+        if read_mapping(ROOT / "configs" / f"{name}.yaml")["dataset"] == config.dataset:
+            lines.append(("RMAAT, paper (test)", ACCURACY["rmaat"][name], "--"))
+    for label, accuracy, dash in lines:
+        axes.axhline(accuracy, color="0.45", linestyle=dash, linewidth=1, label=label, zorder=1)
+
+
+def draw_curves(axes: Axes, labels: dict[str, list[Path]], key: str, scale: float) -> None:
+    """Draw the mean over each label's runs, with a band from the least to the largest value.
+
+    Raises:
+        PlotError: a run has not logged anything yet.
+    """
+    for number, (label, folders) in enumerate(labels.items()):
+        rows = [read_metrics(folder) for folder in folders]
+        for folder, own in zip(folders, rows, strict=True):
+            if not own:
+                raise PlotError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
+        steps, mean, low, high = mean_and_range(rows, key, scale)
+        style = line_style(number)
+        if len(folders) > 1:
+            label += f" ({len(folders)} seeds)"
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        every = max(1, len(steps) // MOST_MARKERS)  # a marker per row would hide a long curve
+        axes.plot(steps, mean, label=label, markevery=every, **style)
+
+
+def curves_figure(folders: Sequence[Path]) -> Figure:
+    """Draw training loss and validation accuracy over the steps, with bands over seeds.
+
+    Args:
+        folders: of runs. One without a validation so far shows its training loss only.
+    Raises:
+        PlotError: a run has not logged anything yet.
+    """
+    figure = new_figure(9, 3.8)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    labels = labeled_runs(folders)
+    draw_curves(loss_axes, labels, "loss", 1)
+    draw_curves(accuracy_axes, labels, "val_accuracy", 100)
+    configs = [config for folder in folders if (config := run_config(folder)) is not None]
+    if len({config.dataset for config in configs}) == 1:
+        draw_reference_lines(accuracy_axes, configs[0])
+    loss_axes.set(xlabel="step", ylabel="training loss (nats)")
+    accuracy_axes.set(xlabel="step", ylabel="validation accuracy (%)")
+    # Outside the axes, as curves may fill every corner.
+    figure.legend(
+        *accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3
+    )
+    return figure
 
 
 def finished_run(folder: Path) -> tuple[Config, Finished]:
-    """The configuration and the summary of a run.
+    """Read the configuration and the summary of a run.
 
     Raises:
-        PlotError: it has not come to its end, or its summary is damaged.
+        PlotError: it has not ended, or its summary is damaged.
     """
     path = folder / "summary.json"
     try:
-        return load_config(folder / "config.yaml"), read_json(path, TypeAdapter(Finished))
+        config = load_config(folder / "config.yaml", quiet=True)
+        return config, read_json(path, TypeAdapter(Finished))
     except FileNotFoundError:
         raise PlotError(f"{path}: missing; name the folder of a finished run") from None
     except ValueError as error:
         raise PlotError(f"{path}: {error}; name the folder of a finished run") from None
 
 
-def segments_figure(runs: Sequence[Path]) -> Figure:
+def segments_figure(folders: Sequence[Path]) -> Figure:
     """Draw test accuracy over T with its standard error: a point per T, the mean over its runs.
 
-    A line holds the runs of one task, attention and number of steps.
+    A line holds the runs of one task, system and number of steps.
 
     Raises:
         PlotError: a run is not finished.
     """
     lines: dict[str, dict[int, list[Finished]]] = defaultdict(lambda: defaultdict(list))
-    for folder in runs:
+    for folder in folders:
         config, summary = finished_run(folder)
-        label = f"{config.dataset}, {config.attention_type}, {summary.steps:,} steps"
+        label = f"{system_name(config)}, {config.dataset}, {summary.steps:,} steps"
         lines[label][config.num_segments].append(summary)
     figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
-    for (label, points), style in zip(lines.items(), line_styles(), strict=False):
+    for number, (label, points) in enumerate(lines.items()):
         segments = sorted(points)
         means, errors = zip(*(mean_accuracy(points[T]) for T in segments), strict=True)
-        axes.errorbar(segments, means, errors, capsize=3, label=label, **style)
+        axes.errorbar(segments, means, errors, label=label, **line_style(number))
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts := sorted({T for points in lines.values() for T in points}), counts)
     axes.set(xlabel="segments T", ylabel="test accuracy (%), standard error")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend()
     return figure
 
 
 def mean_accuracy(summaries: Sequence[Finished]) -> tuple[float, float]:
-    """Test accuracy in % over runs of one kind, and its standard error for the test examples.
+    """Return the mean test accuracy of repeated runs in %, and its standard error.
 
-    Seeds are tested on the same examples: more of them do not make the error smaller.
+    The error is that of the test examples. All seeds are tested on the same examples, so more seeds
+    do not reduce it.
     """
     mean = statistics.mean(summary.test_accuracy for summary in summaries)
     examples = min(summary.examples["test"] for summary in summaries)
     return 100 * mean, 100 * math.sqrt(mean * (1 - mean) / examples)
 
 
-def retention_figure(runs: Sequence[Path]) -> Figure:
+def accuracy_figure(runs: dict[str, dict[str, list[Path]]]) -> Figure:
+    """Draw test accuracy per task and system next to the paper's, with bars over the seeds.
+
+    Args:
+        runs: by task and system, the folders of its seeds; as named in `tables`.
+    Raises:
+        PlotError: a run is not finished.
+    """
+    figure = new_figure(11, 3.4)
+    for axes, (task, systems) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
+        for number, (system, folders) in enumerate(systems.items()):
+            finished = [finished_run(folder) for folder in folders]
+            values = [100 * summary.test_accuracy for _, summary in finished]
+            mean = statistics.mean(values)
+            below, above = [mean - min(values)], [max(values) - mean]
+            style = line_style(number) | {"linestyle": "none"}
+            axes.errorbar([number], [mean], (below, above), **style)
+            if (figure_of_paper := ACCURACY.get(system, {}).get(task)) is not None:
+                axes.plot([number - 0.35, number + 0.35], 2 * [figure_of_paper], color="0.45")
+        classes = finished[0][0].task.num_classes
+        axes.axhline(100 / classes, color="0.45", linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(systems)), [SYSTEMS[name] for name in systems], rotation=90)
+        axes.set(title=TASKS[task], xlim=(-0.6, len(systems) - 0.4))
+        axes.grid(axis="x", visible=False)
+    figure.axes[0].set_ylabel("test accuracy (%)")
+    figure.supxlabel(
+        "markers: ours, bars from the worst to the best seed; gray lines: paper; dotted: chance",
+        fontsize="medium",
+    )
+    return figure
+
+
+def retention_figure(folders: Sequence[Path]) -> Figure:
     """Draw RetentionFactor(t, T) of the memory that leaves each segment, a line per T."""
     from astrocyte import retention_factors
 
-    configs = [load_config(folder / "config.yaml") for folder in runs]
+    configs = [load_config(folder / "config.yaml", quiet=True) for folder in folders]
     figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
     # Paired documents are encoded apart, each in its share of the segments.
     counts = sorted({(c.num_segments // c.num_sequences, c.astro_mem) for c in configs})
-    for (T, astro_mem), style in zip(counts, line_styles(), strict=False):
+    for number, (T, astro_mem) in enumerate(counts):
         factors = retention_factors(T).tolist() if astro_mem else [1.0] * T
         label = f"T = {T}" if astro_mem else f"T = {T}, astro_mem: false"
-        axes.plot(range(1, T + 1), factors, label=label, **style)
+        axes.plot(range(1, T + 1), factors, label=label, **line_style(number))
     axes.set(xlabel="segment t", ylabel="RetentionFactor(t, T)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend()
     return figure
 
 
-def attention_figure(model: RMAAT, document: np.ndarray, index: int = 0) -> Figure:
-    """Per layer and head, the weights with which rows read rows of one segment.
+def attention_figure(folder: Path, text: str, index: int = 0) -> Figure:
+    """Draw, per layer and head, the weights with which positions read each other in one segment.
 
     Args:
-        model: in evaluation mode.
-        document: (length,) as its tokenizer stores it.
+        folder: of a run, with `model.safetensors`.
+        text: a ListOps expression or a text.
         index: of the segment, from 0.
     Raises:
-        PlotError: the document has no such segment, or the attention no such weights.
+        PlotError: the run has no weights, the task has no texts, or there is no such segment.
     """
     import torch
 
+    from model import RMAAT
     from training.diagnostics import attention_rows
 
-    ids = torch.from_numpy(document.astype("int64") + model.config.task.tokenizer.offset)
+    if not (folder / "model.safetensors").is_file():
+        raise PlotError(f"{folder / 'model.safetensors'}: missing; name a finished run")
+    model = RMAAT.from_pretrained(str(folder))
+    config, kind = model.config, model.config.task.tokenizer
+    if config.task.is_image or config.task.num_documents > 1:
+        raise PlotError(f"{folder}: {config.dataset} has no single text to draw")
+    tokenizer = kind(model.vocabulary) if model.vocabulary else kind()
     try:
-        maps = attention_rows(model, ids[None].to(model.memory.device), index).cpu()
+        try:
+            stored = tokenizer.encode(text)
+        except TypeError:  # of bytes
+            stored = tokenizer.encode(text.encode())
+        ids = torch.from_numpy(stored.astype("int64") + tokenizer.offset)
+        maps = attention_rows(model, ids[None], index).float().numpy()
     except ValueError as error:
-        raise PlotError(str(error)) from None
+        raise PlotError(f"TEXT {text!r}: {error}") from None
     layers, heads, N, _ = maps.shape
-    M = model.config.num_memory_tokens
-    names = row_names(model.config, ids[index * model.segment_len :][: N - M].tolist())
+    M = config.num_memory_tokens
+    names = position_names(config, ids[index * model.segment_len :][: N - M].tolist())
     figure = new_figure(3.4 * heads + 0.6, 3.2 * layers)
     all_axes = figure.subplots(layers, heads, squeeze=False)
-    for layer, head in ((i, j) for i in range(layers) for j in range(heads)):
-        axes, weights = all_axes[layer][head], maps[layer, head].numpy()
-        image = axes.imshow(weights, cmap="gray_r", vmin=min(0, weights.min()))
-        axes.set(title=f"layer {layer + 1}, head {head + 1}", xlabel="row that is read")
-        axes.set_ylabel("reading row")
+    for layer, head in np.ndindex(layers, heads):
+        axes, weights = all_axes[layer][head], maps[layer, head]
+        image = axes.imshow(weights, vmin=min(0, weights.min()))
+        axes.set(title=f"layer {layer + 1}, head {head + 1}", xlabel="position that is read")
+        axes.set_ylabel("reading position")
+        axes.grid(False)
         if names:
             axes.set_xticks(range(N), names, rotation=90, fontsize=7)
             axes.set_yticks(range(N), names, fontsize=7)
-        figure.colorbar(image, ax=axes, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
     return figure
 
 
-def row_names(config: Config, ids: Sequence[int]) -> list[str]:
-    """The memory rows and the tokens by name; none where there are too many or only numbers."""
+def position_names(config: Config, ids: Sequence[int]) -> list[str]:
+    """Return the names of memory tokens and tokens; none for many tokens or plain numbers."""
     tokens = getattr(config.task.tokenizer, "tokens", None)
     if tokens is None or len(ids) > 60:
         return []
-    memory = [f"mem {i + 1}" for i in range(config.num_memory_tokens)]
-    return memory + [tokens[i - 1] for i in ids]
+    return [f"mem {i + 1}" for i in range(config.num_memory_tokens)] + [tokens[i - 1] for i in ids]
 
 
 def memory_figure(files: Sequence[Path]) -> Figure:
@@ -201,57 +417,145 @@ def memory_figure(files: Sequence[Path]) -> Figure:
             ) from None
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
-    for (system, points), style in zip(lines.items(), line_styles(), strict=False):
+    for number, (system, points) in enumerate(lines.items()):
         seconds, peaks, lengths = zip(*sorted(points, key=lambda p: p[2]), strict=True)
-        axes.plot(seconds, peaks, label=system, **style)
-        if system == next(iter(lines)):  # the others' markers follow in the same order
-            for *place, length in zip(seconds, peaks, lengths, strict=True):
+        axes.plot(seconds, peaks, label=system, **line_style(number))
+        if number == 0:  # the other markers follow in the same order
+            for *point, length in zip(seconds, peaks, lengths, strict=True):
                 axes.annotate(
-                    f"{length:,}", place, xytext=(0, -13), textcoords="offset points",
+                    f"{length:,}", point, xytext=(0, -13), textcoords="offset points",
                     fontsize="x-small", ha="center",
                 )
     axes.set(xscale="log", yscale="log", ylabel="peak memory of a step (MiB)")
     axes.set_xlabel("time of a step (s); a marker per length, in tokens")
     axes.margins(x=0.12, y=0.12)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    axes.legend()
     return figure
 
 
+def astrocyte_figure() -> Figure:
+    """Draw the two astrocytic processes over the cycles, and the factors they yield."""
+    from astrocyte import DEFAULT, TABLE_SEGMENTS, retention_factors, simulate
+
+    trajectory = simulate(DEFAULT)
+    figure = new_figure(11, 3.2)
+    axes = figure.subplots(1, 3)
+    cycles, ends = trajectory.times / DEFAULT.tau_cycle, trajectory.cycle_ends
+    for axis, process, title, label, color in (
+        (axes[0], trajectory.p_short, "Fast process, STP", r"mean $p^s_{ij}$", COLORS[1]),
+        (axes[1], trajectory.p_long, "Slow process, LTP", r"mean $p^l_{ij}$", COLORS[2]),
+    ):
+        for cycle in range(DEFAULT.num_cycles):
+            axis.axvspan(cycle, cycle + DEFAULT.duty_cycle, color="0.93", linewidth=0)
+        mean = process.mean(axis=(1, 2))
+        axis.plot(cycles, mean, color=color)
+        axis.plot(cycles[ends], mean[ends], "o", color=color, clip_on=False, label="cycle ends")
+        axis.set(title=title, xlabel=r"time (cycles of $\tau_{cycle}$, input on in gray)")
+        axis.set(ylabel=label, xlim=(0, DEFAULT.num_cycles), ylim=(0, None))
+    axes[1].legend(loc="lower right")
+    for number, T in enumerate(TABLE_SEGMENTS):
+        factors = retention_factors(T).tolist()
+        axes[2].plot(range(1, T + 1), factors, label=f"T = {T}", **line_style(number))
+    axes[2].set(title="Memory retention factor", xlabel="segment t", ylabel="factor")
+    axes[2].set(ylim=(0, None), xticks=(1, *TABLE_SEGMENTS))
+    axes[2].legend()
+    return figure
+
+
+def committed_figures(root: Path = ROOT) -> Iterator[tuple[str, list[Path], Callable[[], Figure]]]:
+    """Yield the name of each figure of `results/figures`, its input files and how to draw it."""
+    results = root / "results"
+    listops, ablations = results / "listops/rmaat", results / "reproduce/ablations/short/listops"
+    weights = [listops / "model.safetensors", listops / "config.json"]
+    expression = "[MAX 2 9 [MIN 4 7 ] 0 ]"
+    yield "attention.png", weights, lambda: attention_figure(listops, expression)
+    yield "astrocyte.png", [], astrocyte_figure
+    memory = [results / "benchmark/memory_cpu.json"]
+    yield "memory.png", memory, lambda: memory_figure(memory)
+    retention = [listops, results / "image/rmaat", results / "listops/rmaat_2_segments"]
+    configs = [folder / "config.yaml" for folder in retention]
+    yield "retention.png", configs, lambda: retention_figure(retention)
+    counts = sorted(ablations.glob("segments_*/seed0"))
+    counts += sorted((results / "reproduce").glob("a*/short/listops/rmaat/seed*"))
+    files = [folder / name for folder in counts for name in ("config.yaml", "summary.json")]
+    yield "segments.png", files, lambda: segments_figure(counts)
+    runs = {
+        task: {system: sorted((results / task / "equal" / system).glob("seed*"))
+               for system in reversed(SYSTEMS)}
+        for task in TASKS
+    }
+    files = [folder / name for systems in runs.values() for folders in systems.values()
+             for folder in folders for name in ("config.yaml", "summary.json")]
+    yield "accuracy.png", files, lambda: accuracy_figure(runs)
+
+
+def digests(files: Sequence[Path], root: Path = ROOT) -> dict[str, str]:
+    """Return the SHA-256 of each file, by its path below `root`."""
+    return {
+        str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def draw_all(root: Path = ROOT) -> None:
+    """Redraw every figure of `results/figures` and record the digests of the input files."""
+    sources = {}
+    for name, files, draw in committed_figures(root):
+        write_figure(root / FIGURES / name, draw)
+        sources[name] = digests(files, root)
+        log_line(f"{FIGURES / name}")
+    write_json(root / FIGURES / SOURCES, sources)
+
+
+def stale_figures(root: Path = ROOT) -> list[str]:
+    """Return the figures of `results/figures` whose input files changed after they were drawn."""
+    recorded = json.loads((root / FIGURES / SOURCES).read_text())
+    return [
+        name for name, files, _ in committed_figures(root)
+        if recorded.get(name) != digests(files, root) or not (root / FIGURES / name).is_file()
+    ]
+
+
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; a run in the place of a command name stands for `curves`."""
     parser = Parser(
         prog="plots.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = parser.add_subparsers(required=True, metavar="{curves,segments,...}")
-    for name, draw in (
-        ("curves", draw_curves),
-        ("segments", lambda arguments: segments_figure(arguments.runs)),
-        ("retention", lambda arguments: retention_figure(arguments.runs)),
+    kinds = parser.add_subparsers(required=True, metavar="{all,curves,segments,...}", dest="kind")
+    kinds.add_parser("all")
+    for name, figure in (
+        ("curves", curves_figure), ("segments", segments_figure), ("retention", retention_figure),
+        ("memory", memory_figure),
     ):
         kind = kinds.add_parser(name)
-        kind.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-        kind.set_defaults(draw=draw)
+        metavar = "FILE" if name == "memory" else "RUN"
+        kind.add_argument("files", nargs="+", type=Path, metavar=metavar)
+        kind.set_defaults(draw=lambda arguments, figure=figure: figure(arguments.files))
     kind = kinds.add_parser("attention")
     kind.add_argument("run", type=Path, metavar="RUN", help="holds model.safetensors")
-    kind.add_argument("line", metavar="LINE", help="an example, as --predict reads it")
+    kind.add_argument("text", metavar="TEXT", help="a ListOps expression or a text")
     kind.add_argument("--segment", type=int, default=0, help="from 0")
-    kind.set_defaults(draw=draw_attention)
-    kind = kinds.add_parser("memory")
-    kind.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    kind.set_defaults(draw=lambda arguments: memory_figure(arguments.files))
+    kind.set_defaults(draw=lambda a: attention_figure(a.run, a.text, a.segment))
+    kind = kinds.add_parser("astrocyte")
+    kind.set_defaults(draw=lambda arguments: astrocyte_figure())
     for name, kind in kinds.choices.items():
-        kind.add_argument("--out", type=Path, default=Path(f"{name}.png"), metavar="PICTURE")
+        kind.add_argument("--out", type=Path, default=Path(f"{name}.png"), metavar="FIGURE")
     if words and words[0] not in {*kinds.choices, "-h", "--help"}:
         words = ["curves", *words]
     return parser.parse_args(words)
 
 
 def command() -> None:
+    """Draw what the command line asks for."""
     arguments = parse_arguments(sys.argv[1:])
-    save_figure(arguments.draw(arguments), arguments.out)
+    if arguments.kind == "all":
+        draw_all()
+    else:
+        write_figure(arguments.out, lambda: arguments.draw(arguments))
 
 
 def main() -> int:
+    """Run the command line; return its exit status."""
     return run_program("plots.py", command)
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import published
+import tables as published
 from experiments.tables import Measured, ablation_table, accuracy_table, ratio_table
 from lra_config import Config, ConfigError, UserError, dump_config, load_config, read_mapping
 from run.files import atomic_write, write_json

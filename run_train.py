@@ -1,6 +1,6 @@
 """Train RMAAT from a YAML file, evaluate a checkpoint, or predict with it.
 
-    python run_train.py --config FILE [key=value ...] [--resume] [--jobs K]
+    python run_train.py --config FILE [key=value ...] [--resume]
     python run_train.py --checkpoint FILE --eval_only
     python run_train.py --checkpoint FILE --predict INPUT
 """
@@ -41,10 +41,6 @@ def parse_arguments() -> argparse.Namespace:
         help="go on from the run's last.pt, or start where there is none",
     )
     parser.add_argument(
-        "--jobs", metavar="K", type=int, default=1,
-        help="runs of a sweep that train side by side, on the CUDA devices or else the cores",
-    )
-    parser.add_argument(
         "--dry_run", action="store_true", help="say what a run would take, and train nothing"
     )
     parser.add_argument(
@@ -73,7 +69,7 @@ def main() -> int:
 
 def command() -> None:
     carry_out = checked_command(parse_arguments())
-    for library in ("predict", "experiments.sweep"):  # with torch, which they need
+    for library in ("predict", "sweep"):  # with torch, which they need
         importlib.import_module(library)
     from run.processes import joined_processes
     from training.acceleration import told_out_of_memory
@@ -92,9 +88,9 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
         ConfigError: they contradict each other, or the configuration is wrong.
         EnvironmentMistake: the environment is none that a launcher leaves.
     """
-    from experiments.grid import load_runs
     from lra_config import ConfigError
     from run.program import launched_processes
+    from sweep import load_runs
 
     several = launched_processes().world_size > 1
     predicts = arguments.predict is not None
@@ -116,10 +112,6 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
         )
     if not arguments.config:
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
-    if arguments.jobs < 1:
-        raise ConfigError(f"--jobs {arguments.jobs}: at least one run has to train; give 1 or more")
-    if arguments.jobs > 1 and several:
-        raise ConfigError("--jobs starts processes of its own; start it without torchrun")
     configs, varied = load_runs(arguments.config, arguments.overrides)
     return lambda: print_training(configs, varied, arguments)
 
@@ -147,9 +139,8 @@ def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
 def print_training(
     configs: list[Config], varied: list[str], arguments: argparse.Namespace
 ) -> None:
-    from experiments.grid import single_run_arguments
-    from experiments.sweep import run_sweep, sweep_table
     from run.program import log_line
+    from sweep import run_sweep, sweep_table
     from train import plan, train
 
     if arguments.dry_run:
@@ -157,11 +148,7 @@ def print_training(
             log_line(f"{config.run_dir}\n{plan(config).text}")
         return
     if len(configs) > 1:
-        commands = [
-            single_run_arguments(arguments.config, arguments.overrides, config, varied)
-            for config in configs
-        ]
-        summaries = run_sweep(configs, commands, resume=arguments.resume, jobs=arguments.jobs)
+        summaries = run_sweep(configs, resume=arguments.resume)
         log_line(sweep_table(configs, summaries, varied))
         return
     summary = train(configs[0], resume=arguments.resume)
@@ -175,7 +162,7 @@ def print_training(
 
 def closing_table(summary: Summary, folder: Path) -> str:
     """What came out, and what lies where."""
-    from experiments.tables import markdown
+    from tables import markdown
 
     rows = [
         [f"validation, best (step {summary.best_step:,})",

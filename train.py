@@ -23,8 +23,8 @@ from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError
 from lra_datasets import open_dataset, training_stages
 from model import RMAAT, autocast_dtype, build_model
+from plots import write_curves
 from run import checkpoint
-from run.figures import curves_figure, save_figure
 from run.files import write_json
 from run.log import RunLog
 from run.processes import ALONE, Processes, current_processes
@@ -553,7 +553,7 @@ def finish(run: Run) -> Summary:
         values = dataclasses.asdict(summary)
         checkpoint.export(run.model.state(), config.run_dir, values)
         write_json(config.run_dir / "summary.json", values)
-        save_figure(curves_figure({config.run_name: config.run_dir}), config.run_dir / "curves.png")
+        write_curves(config.run_dir)
         run.log.finish(values)
     return summary
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import published
+import tables as published
 from experiments.tables import markdown, ratio_table
 from run.files import atomic_write
 from run.program import run_program

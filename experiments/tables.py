@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import published
+import tables as published
 
 
 def difference(ours: float | None, theirs: float | None) -> float | None:

@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
 
 from astrocyte import (
     DEFAULT,
@@ -18,7 +16,6 @@ from astrocyte import (
     simulate,
     simulated_increments,
 )
-from run.program import one_line
 
 SEGMENT_COUNTS = (1, 2, 3, 8, 16, 64, 128)
 
@@ -156,19 +153,3 @@ def test_command_prints_the_factors(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [len(row) - 3 for row in rows] == [2, 4, 8, 16]
     assert rows[2][3:] == [f"{factor:.4f}" for factor in retention_factors(8)]
-
-
-def test_plot_command_writes_a_png(tmp_path: Path) -> None:
-    image = tmp_path / "factors.png"
-    run_script("astrocyte.py", "--plot", image, cwd=tmp_path, check=True)
-    assert image.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", ["absent/factors.png", "factors.unknown", ".", "\x1b[2J\n.gip"])
-def test_unwritable_plot_is_one_line_and_status_2(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--plot", str(tmp_path / name)]) == 2
-    (message,) = capsys.readouterr().err.splitlines()
-    assert message.startswith("astrocyte.py: ") and message.isprintable()
-    assert one_line(tmp_path / name) in message

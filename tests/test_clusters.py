@@ -1,4 +1,4 @@
-"""Machines that are shared: time limits, runs side by side, SLURM and W&B sweeps."""
+"""The examples for clusters: SLURM and W&B sweeps."""
 
 from __future__ import annotations
 
@@ -6,123 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import (
-    ENDING_SIGNALS,
-    ROOT,
-    assert_refused,
-    finished,
-    run_cli,
-    start_process,
-    wait_for,
-    write_config,
-)
-from test_train import assert_same_outcome
+from conftest import ROOT
 
-from experiments.grid import load_runs, single_run_arguments
 from lra_config import Config, read_mapping
-from run.log import read_metrics
-from run.state import OUT_OF_TIME
-
-AT_ONCE = "max_minutes=1e-9"  # over before the first step, of which every command takes one
-
-
-def last_line(path: Path) -> str:
-    return path.read_text().splitlines()[-1]
-
-
-# max_minutes
-
-
-def test_a_run_out_of_time_is_gone_on_with_to_the_same_end(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir, max_steps=3, warmup_steps=1)
-    run_cli("--config", path, "run_name=whole", cwd=tmp_path, check=True)
-    for step in (1, 2):
-        cut = run_cli("--config", path, "--resume", AT_ONCE, cwd=tmp_path)
-        assert cut.returncode == OUT_OF_TIME
-        assert f"max_minutes are over at step {step}; checkpoint saved" in cut.stderr
-    run_cli("--config", path, "--resume", "max_minutes=60", cwd=tmp_path, check=True)
-    assert_same_outcome(tmp_path / "runs/run", tmp_path / "runs/whole")
-
-
-def test_time_is_that_of_the_whole_sweep(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    run_cli("--config", path, "run_name=run_seed0", "seed=0", cwd=tmp_path, check=True)
-    result = run_cli("--config", path, "seed=0,1,2", "--resume", AT_ONCE, cwd=tmp_path)
-    assert result.returncode == OUT_OF_TIME
-    assert (tmp_path / "runs/run_seed1/last.pt").exists()
-    assert not (tmp_path / "runs/run_seed2").exists()
-
-
-# Side by side
-
-
-def test_a_run_of_a_sweep_has_a_command_line_of_its_own(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    overrides = ["seed=0,1", "dropout=0.1", "neighbor_offsets=[-2, 2],[1]", 'run_name="12"']
-    configs, varied = load_runs(path, overrides)
-    assert len(configs) == 4
-    for config in configs:
-        _, name, *own = single_run_arguments(path, overrides, config, varied)
-        (alone,), left = load_runs(name, own)
-        assert (alone, left) == (config, [])
-
-
-def test_runs_side_by_side_come_to_what_they_come_to_alone(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    one_by_one = run_cli("--config", path, "seed=0,1", "output_dir=alone", cwd=tmp_path)
-    together = finished(start_process(
-        "run_train.py", "--config", path, "seed=0,1", "output_dir=both", "--jobs", 2, cwd=tmp_path
-    ))
-    assert together.returncode == 0, together.stderr
-    tables = [
-        [line for line in result.stdout.splitlines() if line.startswith("|")]
-        for result in (one_by_one, together)
-    ]
-    assert tables[0] == tables[1] and len(tables[0]) == 7
-    for seed in range(2):
-        folders = [tmp_path / side / f"run_seed{seed}" for side in ("alone", "both")]
-        assert_same_outcome(*folders)
-        assert "test_acc" in last_line(folders[1] / "output.log")
-
-
-def test_a_failing_run_beside_others_ends_them_all(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir, max_steps=100_000)
-    command = ["--config", path, "learning_rate=1e-3,1e30", "warmup_steps=0", "--jobs", 2]
-    result = finished(start_process("run_train.py", *command, cwd=tmp_path))
-    assert_refused(result, "runs/run_learning_rate1e+30: step 2: loss nan")
-    assert not (tmp_path / "runs/run_learning_rate0.001/summary.json").exists()
-
-
-@ENDING_SIGNALS
-def test_a_signal_ends_runs_side_by_side_with_their_checkpoints(
-    tmp_path, listops_dir, send, number
-):
-    path = write_config(tmp_path, listops_dir, max_steps=100_000, checkpoint_interval=100_000)
-    process = start_process(
-        "run_train.py", "--config", path, "seed=0,1", "--jobs", 2, cwd=tmp_path,
-        start_new_session=True,
-    )
-    folders = [tmp_path / f"runs/run_seed{seed}" for seed in (0, 1)]
-    wait_for(process, lambda: all((f / "metrics.jsonl").exists() for f in folders))
-    send(process.pid, number)
-    result = finished(process)
-    assert result.returncode == 128 + number
-    assert result.stderr == "run_train.py: interrupted; go on with --resume\n"
-    for folder in folders:
-        assert (folder / "last.pt").exists() and read_metrics(folder)
-
-
-@pytest.mark.parametrize("jobs", [0, -1])
-def test_a_sweep_has_a_job_at_least(tmp_path, listops_dir, jobs):
-    path = write_config(tmp_path, listops_dir)
-    assert_refused(run_cli("--config", path, "--jobs", jobs, cwd=tmp_path), f"--jobs {jobs}")
-
-
-# Examples
+from sweep import load_runs
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (75, True), (143, True)])

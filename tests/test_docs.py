@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import pytest
 from conftest import ROOT
 
-from experiments.published import ACCURACY, SYSTEMS
+from tables import ACCURACY, SYSTEMS
 
 README = ROOT / "README.md"
 PAGES = sorted(

@@ -11,10 +11,9 @@ from conftest import ROOT, assert_refused, run_script, tiny_batch, tiny_config
 from matplotlib import colors
 
 from attention.heads import Attention, join_heads
-from experiments.published import SYSTEMS
 from model import build_model
-from plots import Finished, mean_accuracy
-from run.figures import COLORS, DASHES, MARKERS, line_styles
+from plots import COLORS, DASHES, MARKERS, Finished, line_style, mean_accuracy
+from tables import SYSTEMS
 from training.diagnostics import attention_rows
 
 RUN = ROOT / "results/listops/rmaat"
@@ -51,7 +50,7 @@ def test_rows_of_what_does_not_read_by_weights_are_refused():
 
 
 def test_lines_differ_without_their_colours():
-    styles = [style for _, style in zip(range(len(DASHES)), line_styles(), strict=False)]
+    styles = [line_style(number) for number in range(len(DASHES))]
     assert len({(str(s["linestyle"]), s["marker"]) for s in styles}) == len(styles)
     assert len(COLORS) == len(DASHES) == len(MARKERS) == len(SYSTEMS)
     lightness = [sum(colors.to_rgb(color)) for color in COLORS[:3]]

@@ -12,7 +12,7 @@ import pytest
 from conftest import ENDING_SIGNALS, ROOT, run_script, start_process, tiny_batch, wait_for
 
 import reproduce
-from experiments import published
+import tables as published
 from experiments.tables import Measured, accuracy_table, average, markdown, ratio_table
 from lra_config import Config, load_config, read_mapping
 from model import build_model

@@ -29,7 +29,7 @@ from run.log import read_metrics
 from train import train
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["campaigns", "experiments.sweep", "predict"])
+PROCESSES.set_forkserver_preload(["campaigns", "sweep", "predict"])
 COUNT = itertools.count()
 LISTOPS = "lra_release/listops-1000"
 SPLITS = {"train": 20_000, "val": 300, "test": 300, "min_length": 9, "max_length": 41}

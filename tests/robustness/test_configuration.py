@@ -11,11 +11,11 @@ import pytest
 from conftest import ROOT, TINY, assert_refused, refusal, run_cli, tiny_config
 
 from attention import ATTENTION
-from experiments.grid import load_runs
 from footprint import check_fits, weight_bytes
 from lra_config import ConfigError, load_config, make_config
 from model import build_model
 from run.program import one_line, shown
+from sweep import load_runs
 
 ALIASES = "a: &a [1]\n" + "".join(
     f"{new}: &{new} [{','.join(f'*{old}' for _ in range(9))}]\n"

@@ -16,7 +16,6 @@ from conftest import tiny_config
 from fuzzing import damaged, number_of_inputs, search
 from hypothesis import strategies as st
 
-from experiments.grid import load_runs
 from lra_config import dump_config, load_config
 from model import build_model
 from predict import load_trained, predict
@@ -24,6 +23,7 @@ from run import checkpoint
 from run.log import read_metrics
 from run.program import launched_processes
 from run.state import finished, load_state
+from sweep import load_runs
 from train import train
 from training.optimizer import build_optimizers, restore_optimizers
 

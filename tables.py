@@ -1,9 +1,8 @@
-"""The figures of the published tables, with the paper's names of systems and tasks.
-
-Source: RMAAT (arXiv 2601.00426); the linear Transformer's row is the Long Range Arena release's.
-"""
+"""The figures that the paper publishes, and Markdown tables."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 # Columns of all tables below; a task's name is that of its file in configs/.
 TASKS = {
@@ -31,7 +30,9 @@ def _by_task(*figures: float | None) -> dict[str, float | None]:
     return dict(zip(TASKS, figures, strict=True))
 
 
-ACCURACY = {  # %, test
+# Test accuracy in %. Source: RMAAT (arXiv 2601.00426); the linear Transformer's row is that of the
+# Long Range Arena release.
+ACCURACY = {
     "transformer": _by_task(36.4, 64.3, 57.5, 42.4, 71.4),
     "linear_transformer": _by_task(16.1, 65.9, 53.1, 42.3, 75.3),
     "nystromformer": _by_task(37.2, 65.5, 79.6, 41.6, 70.9),
@@ -41,7 +42,8 @@ ACCURACY = {  # %, test
     "rmaat": _by_task(38.9, 65.9, 83.2, 64.8, 87.1),
 }
 
-# %, test. Of the systems in `reproduce.ablations`; the paper calls BPTT's accuracy equal to AMRB's.
+# Test accuracy in % of the variants in `reproduce.ablations`. The paper reports BPTT's accuracy as
+# equal to AMRB's.
 ABLATIONS = {
     "rmaat": ACCURACY["rmaat"],
     "no_retention": {"text": 64.9, "retrieval": 80.5},
@@ -52,10 +54,10 @@ ABLATIONS = {
     "segments_16": {"retrieval": 83.2},
 }
 
-# RMAAT is measured with either way to its gradients.
+# RMAAT is measured with both ways to compute its gradients.
 AMRB, BPTT = f"{SYSTEMS['rmaat']}, AMRB", f"{SYSTEMS['rmaat']}, BPTT"
 
-PEAK_GB = {  # of GPU memory; model size and batch are not published
+PEAK_GB = {  # of GPU memory; the paper publishes neither model size nor batch size
     SYSTEMS["transformer"]: _by_task(4.7, 6.7, 5.2, 7.8, 5.4),
     SYSTEMS["rmt"]: _by_task(20.4, 24, 18.3, 22.7, 12.7),
     AMRB: _by_task(5.2, 5.1, 3.4, 5.3, 4.7),
@@ -65,3 +67,15 @@ THROUGHPUT = {  # in units of RMT's
     SYSTEMS["rmt"]: _by_task(1, 1, 1, 1, 1),
     AMRB: _by_task(1.5, 1.5, 1.73, 1.3, 0.95),
 }
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    """Format a number; return an empty text for None."""
+    return "" if value is None else format(value, form)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
+    """Return a Markdown table; the last `numbers` columns are aligned to the right."""
+    rule = ["---"] * (len(header) - numbers) + ["---:"] * numbers
+    lines = [header, rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
