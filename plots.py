@@ -173,7 +173,7 @@ def mean_and_range(
     Runs that logged at other steps than the first one are interpolated.
     """
     series = [
-        np.array([(r["step"], scale * r[key]) for r in rows if r.get(key) is not None])
+        np.array([(r["step"], scale * r[key]) for r in rows if r.get(key) is not None], float)
         .reshape(-1, 2).T for rows in runs
     ]
     steps = series[0][0]

@@ -1,18 +1,21 @@
-"""Pictures: each is drawn from files as a user would, and shows what it says it shows."""
+"""Figures: drawn from files as a user would, up to date with the results, and never in the way."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run_script, tiny_batch, tiny_config
+from conftest import ROOT, run_script, tiny_batch, tiny_config
 from matplotlib import colors
 
+import plots
 from attention.heads import Attention, join_heads
 from model import build_model
-from plots import COLORS, DASHES, MARKERS, Finished, line_style, mean_accuracy
 from tables import SYSTEMS
 from training.diagnostics import attention_rows
 
@@ -21,7 +24,7 @@ SEGMENTS = sorted(ROOT.glob("results/reproduce/ablations/short/listops/segments_
 EXPRESSION = "[MAX 2 9 [MIN 4 7 ] 0 ]"
 
 
-def plots(*arguments, cwd):
+def draw(*arguments, cwd):
     return run_script("plots.py", *arguments, cwd=cwd)
 
 
@@ -30,7 +33,7 @@ def plots(*arguments, cwd):
 def test_attention_rows_times_values_are_the_attention(attention_type, index):
     torch.manual_seed(0)
     model = build_model(tiny_config(attention_type=attention_type)).double()
-    tokens = tiny_batch(model.config).tokens[:1, :37]  # the last segment is not whole
+    tokens = tiny_batch(model.config).tokens[:1, :37]  # the last segment is not full
     seen = []
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
@@ -42,25 +45,53 @@ def test_attention_rows_times_values_are_the_attention(attention_type, index):
         torch.testing.assert_close(layer.to_out(join_heads(weights[None] @ v)), y)
 
 
-def test_rows_of_what_does_not_read_by_weights_are_refused():
+def test_attention_that_does_not_read_by_weights_is_refused():
     for changes in ({"attention_type": "luna"}, {"hebbian_sigmoid": True}):
         model = build_model(tiny_config(**changes))
         with pytest.raises(ValueError, match="linear in its values"):
             attention_rows(model, tiny_batch(model.config).tokens[:1], 0)
 
 
-def test_lines_differ_without_their_colours():
-    styles = [line_style(number) for number in range(len(DASHES))]
+def test_lines_differ_without_their_colors():
+    styles = [plots.line_style(number) for number in range(len(SYSTEMS))]
     assert len({(str(s["linestyle"]), s["marker"]) for s in styles}) == len(styles)
-    assert len(COLORS) == len(DASHES) == len(MARKERS) == len(SYSTEMS)
-    lightness = [sum(colors.to_rgb(color)) for color in COLORS[:3]]
-    assert max(lightness) < 2  # the first ones are dark enough for white paper
+    luminance = [sum(map(float.__mul__, (0.3, 0.6, 0.1), colors.to_rgb(s["color"])))
+                 for s in styles]
+    assert max(luminance[:3]) < 0.6  # the first lines are dark enough for white paper
 
 
-def test_more_seeds_on_the_same_examples_make_no_smaller_error():
-    run = Finished(steps=1, test_accuracy=0.4, examples={"test": 2400})
+def test_more_seeds_on_the_same_examples_do_not_reduce_the_error():
+    run = plots.Finished(steps=1, test_accuracy=0.4, examples={"test": 2400})
     for runs in ([run], 3 * [run]):
-        assert mean_accuracy(runs) == pytest.approx((40, 1))
+        assert plots.mean_accuracy(runs) == pytest.approx((40, 1))
+
+
+def write_run(folder, values, **changes):
+    folder.mkdir(parents=True)
+    rows = "".join(json.dumps({"step": step, "loss": value}) + "\n" for step, value in values)
+    (folder / "metrics.jsonl").write_text(rows)
+    config = {"dataset": "listops", **changes}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def test_runs_that_differ_by_their_seed_share_a_band(tmp_path):
+    folders = [write_run(tmp_path / str(seed), [(1, seed), (3, seed + 4)], seed=seed)
+               for seed in range(3)]
+    folders.append(write_run(tmp_path / "rmt", [(1, 9)], attention_type="softmax"))
+    assert plots.labeled_runs(folders) == {"RMAAT": folders[:3], "RMT": folders[3:]}
+    rows = [[{"step": 1, "loss": s}, {"step": 3, "loss": s + 4}] for s in range(3)]
+    rows[2].insert(1, {"step": 2, "loss": 4})
+    steps, mean, low, high = plots.mean_and_range(rows, "loss", 1)
+    assert [x.tolist() for x in (steps, mean, low, high)] == [[1, 3], [1, 5], [0, 4], [2, 6]]
+
+
+def test_runs_of_one_system_are_labeled_by_the_keys_that_differ(tmp_path):
+    folders = [write_run(tmp_path / str(dim), [(1, 1)], dim=dim, astro_mem=dim > 8)
+               for dim in (8, 16)]
+    assert list(plots.labeled_runs(folders)) == [
+        "RMAAT, astro_mem=false, dim=8", "RMAAT, astro_mem=true, dim=16"
+    ]
 
 
 @pytest.mark.parametrize("arguments", [
@@ -69,35 +100,73 @@ def test_more_seeds_on_the_same_examples_make_no_smaller_error():
     ["retention", RUN],
     ["attention", RUN, EXPRESSION],
     ["memory", ROOT / "results/benchmark/memory_cpu.json"],
+    ["astrocyte"],
 ], ids=lambda a: a[0])
-def test_each_picture_is_drawn_from_results(tmp_path, arguments):
-    result = plots(*arguments, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
+def test_each_figure_is_drawn_from_results(tmp_path, arguments):
+    result = draw(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / f"{arguments[0]}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_committed_figure_is_older_than_its_data():
+    assert plots.stale_figures() == [], "run `python plots.py all`"
+
+
+def test_a_figure_whose_data_changed_is_stale(tmp_path):
+    for _, files, _ in plots.committed_figures(tmp_path):
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("1")
+    folder = tmp_path / plots.FIGURES
+    folder.mkdir(parents=True)
+    sources = {}
+    for name, files, _ in plots.committed_figures(tmp_path):
+        (folder / name).touch()
+        sources[name] = plots.digests(files, tmp_path)
+    (folder / plots.SOURCES).write_text(json.dumps(sources))
+    assert plots.stale_figures(tmp_path) == []
+    (tmp_path / "results/benchmark/memory_cpu.json").write_text("2")
+    assert plots.stale_figures(tmp_path) == ["memory.png"]
+
+
+def test_a_backend_of_a_notebook_that_is_not_installed_does_not_matter(tmp_path):
+    result = subprocess.run(
+        [sys.executable, ROOT / "plots.py", "retention", RUN], cwd=tmp_path, text=True,
+        env={**os.environ, "MPLBACKEND": "module://absent_package.backend_inline"},
+        capture_output=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "retention.png").exists()
+
+
+def test_curves_that_cannot_be_drawn_are_one_line_of_the_log(tmp_path, capsys):
+    plots.write_curves(tmp_path / "absent")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "curves.png: not drawn" in line
+
+
 def test_a_run_without_the_factor_keeps_all_of_its_memory(tmp_path):
-    for name, changes in (("with", {}), ("without", {"astro_mem": False})):
-        (tmp_path / name).mkdir()
-        text = "dataset: listops\n" + "".join(f"{k}: {json.dumps(v)}\n" for k, v in changes.items())
-        (tmp_path / name / "config.yaml").write_text(text)
-    result = plots("retention", "with", "without", "--out", "a.svg", cwd=tmp_path)
+    for name, astro_mem in (("with", True), ("without", False)):
+        write_run(tmp_path / name, [(1, 1)], astro_mem=astro_mem)
+    result = draw("retention", "with", "without", "--out", "a.svg", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "T = 8, astro_mem: false" in (tmp_path / "a.svg").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["attention", RUN, "[MAX 2 x ]"], ["LINE", "'x'"]),
+    (["attention", RUN, "[MAX 2 x ]"], ["TEXT", "'x'"]),
     (["attention", RUN, EXPRESSION, "--segment", 1], ["segment 1 of 1"]),
     (["attention", "absent", EXPRESSION], ["absent/model.safetensors"]),
     (["segments", "unfinished"], ["unfinished/summary.json"]),
     (["retention", "absent"], ["absent/config.yaml"]),
     (["memory", RUN / "summary.json"], ["summary.json", "benchmark.py memory"]),
     (["memory", "absent.json"], ["absent.json"]),
-    (["attention", RUN], ["LINE"]),
 ], ids=lambda a: " ".join(map(str, a[:1] + a[2:])))
-def test_what_cannot_be_drawn_is_told_in_one_line(tmp_path, arguments, words):
+def test_a_figure_that_cannot_be_drawn_is_one_line(tmp_path, arguments, words):
     (tmp_path / "unfinished").mkdir()
     shutil.copy(RUN / "config.yaml", tmp_path / "unfinished")
-    assert_refused(plots(*arguments, cwd=tmp_path), *words)
+    result = draw(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    error = result.stderr.splitlines()[-1]
+    assert all(word in error for word in words), error
     assert not list(tmp_path.glob("*.png"))
