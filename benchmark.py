@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tables
@@ -38,12 +39,15 @@ from run.files import write_json
 from run.program import Parser, run_program
 from tables import AMRB, BPTT, markdown
 from train import StepResult, amrb_backward, bptt_backward
-from training.acceleration import GraphedBackward, compile_model, resolve_device
-from training.cost import count_flop
-from training.meters import Stopwatch, count_kernels
+from training.acceleration import (
+    BudgetedReplay,
+    GraphedBackward,
+    compile_model,
+    resolve_device,
+)
+from training.diagnostics import count_flop, peak_memory_mib, reset_peak_memory
 from training.optimizer import build_optimizers
-from training.replay import BudgetedReplay
-from utils import first_line, hardware, peak_memory_mib, reset_peak_memory, versions
+from utils import first_line, hardware, versions
 
 STEPS = {"cpu": (1, 3), "cuda": (5, 20)}  # warm-up, timed
 LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fewer
@@ -72,6 +76,69 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
 RMT, TRANSFORMER = tables.SYSTEMS["rmt"], tables.SYSTEMS["transformer"]
 MEMORY_SYSTEMS = [AMRB, BPTT, CHECKPOINTED, RMT, TRANSFORMER]
 MEASURED = ("step_seconds", "peak_mib", "reserved_mib", "gflop", "kernels", "compile_seconds")
+# Operations that launch nothing: they allocate, look at a tensor in another way, or at its type.
+NO_KERNELS = {
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "promote_types",
+    "_unsafe_view", "_reshape_alias",
+}
+
+
+class Stopwatch:
+    """Measures the seconds from its construction to `stop`.
+
+    On CUDA it uses the device's own events, and only reading them waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = self._stopped = self._mark()
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Stopwatch:
+        """End the measurement; return the stopwatch."""
+        self._stopped = self._mark()
+        return self
+
+    def seconds(self) -> float:
+        """Return the measured time."""
+        if self._device.type != "cuda":
+            return self._stopped - self._started
+        self._stopped.synchronize()
+        return self._started.elapsed_time(self._stopped) / 1e3
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts the operations that compute or copy, each a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += launches(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def launches(operation: torch._ops.OpOverload) -> bool:
+    """Return whether an operation is a kernel; views are none."""
+    returns = [r.alias_info for r in operation._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in returns)
+    return not is_view and operation._schema.name.removeprefix("aten::") not in NO_KERNELS
+
+
+def count_kernels(step: Callable[[], object]) -> int:
+    """Return the number of kernels of one call, which must run eagerly."""
+    with KernelCounter() as counter:
+        step()
+    return counter.count
 
 
 def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
@@ -181,8 +248,7 @@ def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str
     seconds = statistics.median(watch.seconds() for watch in watches)
     peak_mib = peak_memory_mib(device) - held
     reserved = torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else None
-    if config.compile is True:
-        del model.encode  # the eager form's operations are counted
+    model.compiled_encode = None  # the operations of the eager form are counted
     flop = None if is_long else count_flop(model, batch)
     return {
         "step_seconds": seconds, "peak_mib": peak_mib, "reserved_mib": reserved,

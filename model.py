@@ -46,7 +46,6 @@ from attention import ATTENTION, AstromorphicAttention, LinearAttention, Softmax
 from attention.dropout import derive_keys, draw_seed, dropout
 from attention.token_mixer import ImageConvolution
 from data.tasks import PADDING_ID
-from footprint import check_fits
 from lra_config import Config, make_config
 from run import checkpoint
 from run.files import write_json
@@ -348,17 +347,17 @@ class RMAAT(
     `save_pretrained(folder)` and `push_to_hub(name)` write them with a model card.
     """
 
+    # The compiled form of `encode`, which `segment` then calls; set by `compile_model`.
+    compiled_encode: Callable[..., tuple[Tensor, Tensor]] | None = None
+
     def __init__(self, config: Config, vocabulary: Sequence[str] | None = None) -> None:
         """Draw the initial weights from torch's global random state.
 
         Args:
             config: the run; kept, as the weights mean nothing without it.
             vocabulary: at the word level the words in the order of their ids, kept likewise.
-        Raises:
-            ConfigError: the weights would not fit into this machine's memory.
         """
         super().__init__()
-        check_fits(config, training=False)
         self.config = config
         self.vocabulary = None if vocabulary is None else list(vocabulary)
         self.summary: dict[str, Any] | None = None  # of the finished run that was loaded
@@ -448,8 +447,9 @@ class RMAAT(
             count = 1 + EncoderLayer.NUM_KEYS * len(self.layers)
             keys = derive_keys(seed, index * count, count)
         embedding = self._position_embedding(index, tokens.shape[1])
+        encode = self.compiled_encode or self.encode
         with self.autocast(tokens.device):
-            return self.encode(
+            return encode(
                 tokens, memory, mask, positions, embedding, self.retention_factors[index], keys
             )
 

@@ -13,7 +13,6 @@ import torch
 from data.packing import DataError, PackedSplit, Tokenizer, load_splits
 from data.tasks import ByteTokenizer, WordTokenizer
 from dataloader import collate, evaluation_batches
-from footprint import weight_bytes
 from lra_config import Config, ConfigError, make_config
 from lra_datasets import open_dataset
 from model import RMAAT, build_model
@@ -23,8 +22,7 @@ from run.processes import current_processes
 from run.program import shown
 from train import evaluate
 from training.acceleration import resolve_device
-from training.diagnostics import check_finite
-from training.slices import Slices
+from training.diagnostics import Slices, check_finite
 
 MAX_LINE = 16 * 2**20  # bytes of an example
 
@@ -54,11 +52,6 @@ def load_trained(
                 f"{key}={shown(ours)} but {path} was trained with {key}={shown(theirs)}; set the "
                 "same value, or leave out --config"
             )
-    if weight_bytes(config) > path.stat().st_size:
-        raise CheckpointError(
-            f"{path}: its weights are another model's (its configuration asks for a larger one); "
-            "name another checkpoint"
-        )
     model = build_model(config, state.vocabulary)
     with checkpoint.fitting(path):
         model.load_state_dict(state.model)

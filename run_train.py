@@ -72,10 +72,10 @@ def command() -> None:
     for library in ("predict", "sweep"):  # with torch, which they need
         importlib.import_module(library)
     from run.processes import joined_processes
-    from training.acceleration import told_out_of_memory
+    from training.acceleration import reported_out_of_memory
 
     end_by_exception()
-    with told_out_of_memory(), joined_processes():
+    with reported_out_of_memory(), joined_processes():
         carry_out()
 
 
@@ -179,7 +179,7 @@ def closing_table(summary: Summary, folder: Path) -> str:
 def print_evaluation(model: RMAAT) -> None:
     from predict import evaluate_splits
     from run.program import is_first_process, print_result
-    from training.slices import slices_text
+    from training.diagnostics import slices_text
 
     result = evaluate_splits(model)
     if not is_first_process():

@@ -42,20 +42,26 @@ from run.state import (
     load_state,
 )
 from training.acceleration import (
+    BudgetedReplay,
+    ExecutionPlan,
     Graphed,
     GraphedBackward,
-    choose_manner,
     compile_model,
+    plan_execution,
     resolve_device,
-    uses_cuda_graphs,
 )
-from training.diagnostics import check_finite, inspect_model
+from training.diagnostics import (
+    Overview,
+    Slices,
+    check_finite,
+    inspect_model,
+    look_ahead,
+    peak_memory_mib,
+    reset_peak_memory,
+)
 from training.gradients import StepResult, amrb_backward, bptt_backward, score
 from training.optimizer import build_optimizers, restore_optimizers, set_learning_rate
-from training.overview import Overview, look_ahead
-from training.replay import BudgetedReplay
-from training.slices import Slices
-from utils import hardware, peak_memory_mib, reset_peak_memory, seed_everything, seed_step, versions
+from utils import hardware, seed_everything, seed_step, versions
 
 __all__ = [
     "Metrics", "StepResult", "amrb_backward", "bptt_backward", "evaluate", "plan", "train",
@@ -260,18 +266,17 @@ def prepare(config: Config, resume: bool) -> Run:
         )
     seed_everything(config.seed)
     begun = None if state is None else state.precision or "float32"
-    model, compiled = prepare_model(config, reader, device, begun)
+    model, execution = prepare_model(config, reader, device, begun)
     if state is None:
         load_initial_weights(model, reader)
-    graphed = uses_cuda_graphs(config, device)
-    model.fixed_shapes = compiled or graphed
+    model.fixed_shapes = execution.compile or execution.cuda_graphs
     float16 = autocast_dtype(model.precision, device) == torch.float16
     run = Run(
         config, processes, device, reader, splits, stages, data_digest, model,
         optimizers=build_optimizers(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=float16),
         backward=amrb_backward if config.memory_replay_backprop else bptt_backward,
-        score=score, graphed=graphed, progress=Progress(), versions=software,
+        score=score, graphed=execution.cuda_graphs, progress=Progress(), versions=software,
         overview=None, upcoming=[], sums=torch.zeros(3, dtype=torch.float64, device=device),
         steps=iter(()),
     )
@@ -279,9 +284,9 @@ def prepare(config: Config, resume: bool) -> Run:
         restore(run, state)
     run.steps = run.training_steps(run.progress.step)
     run.upcoming = next(run.steps)
-    if compiled:
+    if execution.compile:
         compile_model(model, run.backward, run.upcoming[0])
-    if graphed:
+    if run.graphed:
         run.backward, run.score = GraphedBackward(run.backward), Graphed(run.score)
     if config.replay_segments != "all":
         run.backward = BudgetedReplay(run.backward, config)
@@ -322,19 +327,19 @@ def load_data(config: Config) -> tuple[Reader, dict[str, PackedSplit], dict[int,
 
 def prepare_model(
     config: Config, reader: Reader, device: torch.device, begun: str | None
-) -> tuple[RMAAT, bool]:
-    """Build the model in the precision of the run, and decide whether it is compiled.
+) -> tuple[RMAAT, ExecutionPlan]:
+    """Build the model in the precision of the run, and decide how its steps are computed.
 
     Args:
         begun: the precision of the run to resume.
     """
     model = build_model(config, getattr(reader.tokenizer, "vocabulary", None)).to(device)
-    execution = choose_manner(config, device, sum(p.numel() for p in model.parameters()), begun)
-    if execution.why:
+    execution = plan_execution(config, device, sum(p.numel() for p in model.parameters()), begun)
+    if execution.reason:
         form = "compiled" if execution.compile else "eager"
-        log_line(f"{execution.precision}, {form}: {execution.why}")
+        log_line(f"{execution.precision}, {form}: {execution.reason}")
     model.precision = execution.precision
-    return model, execution.compile
+    return model, execution
 
 
 def load_initial_weights(model: RMAAT, reader: Reader) -> None:

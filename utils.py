@@ -1,15 +1,13 @@
-"""Positional encodings, random states, peak memory and what a summary says of the machine."""
+"""Positional encodings, random states and the description of the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import platform
 import random
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -152,64 +150,6 @@ def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, without the story that follows it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def reset_peak_memory(device: torch.device) -> float:
-    """Let `peak_memory_mib` count from now on, where the system can: CUDA and Linux.
-
-    Returns:
-        What `held_memory_mib` says.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform.startswith("linux"):
-        ctypes.CDLL(None).malloc_trim(0)  # what the C heap only kept is held by nothing
-        with contextlib.suppress(OSError):  # a container may forbid it
-            Path("/proc/self/clear_refs").write_text("5")
-    return held_memory_mib(device)
-
-
-def held_memory_mib(device: torch.device) -> float:
-    """What is held now in MiB: allocated on a CUDA device, resident on Linux, else NaN."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
-    return _resident_mib("VmRSS") if sys.platform.startswith("linux") else math.nan
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: allocated on a CUDA device, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform.startswith("linux"):
-        return _resident_mib("VmHWM")
-    import resource  # not on Windows, where only CUDA's figure exists
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that this process can still take; 0 where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if not sys.platform.startswith("linux"):
-        return 0
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")  # of a container
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = (group / "memory.stat").read_text().splitlines()
-        cache = next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
-        free = min(free, limit - used + cache)
-    return max(free, 0)
-
-
-def _resident_mib(field: str) -> float:
-    """A figure of Linux' account of this process: VmRSS now, VmHWM at its highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def versions() -> dict[str, str]:

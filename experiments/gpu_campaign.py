@@ -265,20 +265,20 @@ def describe_machine(device: str) -> None:
     """Print versions, the rate of copies and of matrix products."""
     import torch
 
-    from training.meters import Stopwatch
     from utils import hardware, versions
 
     at = torch.device(device)
     print(hardware(at), json.dumps(versions()))
 
     def best(function: Callable[[], object]) -> float:
-        function()
-        watches = []
-        for _ in range(5):
-            watch = Stopwatch(at)
+        seconds = []
+        for _ in range(6):  # the first one prepares
+            started = time.perf_counter()
             function()
-            watches.append(watch.stop())
-        return min(watch.seconds() for watch in watches)
+            if at.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
 
     n = 8192 if device == "cuda" else 512
     x = torch.zeros(n, n, device=at)

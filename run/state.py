@@ -82,11 +82,11 @@ class Summary:
     skipped: int  # examples whose file is empty
     command: str
     versions: dict[str, str]  # when the run was started or resumed
-    # Of the test split, `training.slices.Slices.shares`; runs of older versions have none.
+    # Of the test split, `training.diagnostics.Slices.shares`; runs of older versions have none.
     test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     skipped_steps: int = 0
     precision: str = ""  # what `precision` came to; runs of older versions do not tell
-    # What the run's first screen said it would take, `training.overview.Overview.expected`.
+    # What the run's first screen said it would take, `training.diagnostics.Overview.expected`.
     expected: dict[str, float | None] = field(default_factory=dict)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmark import NO_KERNELS
 from training import acceleration
-from training.meters import NO_KERNELS
 
 SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}  # beside those that torch tags
 

@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT, assert_refused, called, gradients_of, tiny_batch, tiny_config
 
 import benchmark
+from benchmark import count_kernels
 from lra_config import load_config
 from model import build_model
 from train import amrb_backward, bptt_backward
-from training.meters import count_kernels
 
 KEYS = {
     "system", "seq_len", "num_segments", "batch_size", "tokens_per_second", "step_seconds",

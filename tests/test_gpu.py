@@ -18,9 +18,13 @@ from lra_config import dump_config
 from model import build_model
 from run.log import read_metrics
 from train import amrb_backward, bptt_backward, score, train
-from training.acceleration import Graphed, GraphedBackward, compile_model
-from training.replay import activation_bytes
-from utils import free_memory
+from training.acceleration import (
+    Graphed,
+    GraphedBackward,
+    activation_bytes,
+    compile_model,
+    free_memory,
+)
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]

@@ -16,8 +16,7 @@ from dataloader import Batch
 from model import build_model
 from run.log import read_metrics
 from train import amrb_backward, bptt_backward, score, train
-from training.acceleration import Graphed, GraphedBackward
-from training.replay import BudgetedReplay
+from training.acceleration import BudgetedReplay, Graphed, GraphedBackward, plan_execution
 
 __all__ = ["fake_cuda_graphs"]  # a fixture
 
@@ -128,7 +127,10 @@ def graphs_on(monkeypatch, fake_cuda_graphs):
             return made[-1]
         return make
 
-    monkeypatch.setattr(train_module, "uses_cuda_graphs", lambda *_: True)
+    monkeypatch.setattr(
+        train_module, "plan_execution",
+        lambda *arguments: plan_execution(*arguments)._replace(cuda_graphs=True),
+    )
     monkeypatch.setattr(train_module, "GraphedBackward", keep(GraphedBackward))
     monkeypatch.setattr(train_module, "Graphed", keep(Graphed))
     return made

@@ -12,8 +12,8 @@ import train as train_module
 from model import build_model
 from run.log import read_metrics
 from train import amrb_backward, bptt_backward, train
-from training import replay
-from training.replay import BudgetedReplay, activation_bytes
+from training import acceleration
+from training.acceleration import BudgetedReplay, activation_bytes
 
 CONFIG = {"max_seq_len": 64, "num_segments": 8, "dropout": 0.2}
 
@@ -51,8 +51,8 @@ def test_what_a_segment_keeps_is_measured_in_bytes(attention, precision):
 def test_auto_keeps_what_fits_into_half_of_the_free_memory(monkeypatch, capsys, fits, kept):
     config = tiny_config(**CONFIG, replay_segments="auto")
     model, batch = build_model(config), tiny_batch(config)
-    free = fits / replay.SHARE * activation_bytes(model, batch)
-    monkeypatch.setattr(replay, "free_memory", lambda device: free)
+    free = fits / acceleration.REPLAY_SHARE * activation_bytes(model, batch)
+    monkeypatch.setattr(acceleration, "free_memory", lambda device: free)
     seen = []
 
     def backward(model, batch, scale, seed, kept):

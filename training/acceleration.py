@@ -1,11 +1,13 @@
-"""How the steps of a run are computed on this machine: device, precision, compilation, CUDA graphs.
+"""How the steps of a run are computed here: device, precision, compilation, CUDA graphs, replays.
 
-Every `auto` of the configuration is resolved here; what cannot work falls back with one line.
+Every `auto` of the configuration is resolved here. A mechanism that cannot work is left out, and
+one line says why.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,24 +19,27 @@ from dataloader import Batch
 from lra_config import Config, ConfigError
 from model import RMAAT, autocast_dtype
 from run.program import UserError, launched_processes, log_line
+from training.gradients import shared_weights
 from utils import first_line, restore
 
 Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepResult`
 
-WARMUP_RUNS = 2
-# Of the gradient's norm: rounding (atomic sums in bfloat16) stays below, a wrong graph does not.
-GRAPH_TOLERANCE = 0.02
-# The same for a compiled step against an eager one, by whether the precision is a lower one: there
-# the two round in other places.
-COMPILE_TOLERANCE = {False: 1e-3, True: 0.1}
 LONG_RUN = 1e14  # floating-point operations, half an hour of one CPU core
 RECOMPILE_LIMIT = 64  # forms of one segment: passes, masks, the last batches of evaluations
+# Relative to the gradient's norm, a compiled step against an eager one, by whether the precision is
+# a lower one: the two then round at different operations.
+COMPILE_TOLERANCE = {False: 1e-3, True: 0.1}
+# The same for a captured step: rounding (atomic sums in bfloat16) stays below, a wrong graph does
+# not.
+GRAPH_TOLERANCE = 0.02
+WARMUP_RUNS = 2
+REPLAY_SHARE = 0.5  # of the memory that is free in the first step, for kept activations
 
 
 def resolve_device(config: Config) -> torch.device:
-    """The device of the run; under `torchrun`, this process's own.
+    """Return the device of the run; under `torchrun`, that of this process.
 
-    On a CPU this process takes subnormal numbers for 0 from here on.
+    On a CPU this process flushes subnormal numbers to 0 from here on.
 
     Raises:
         ConfigError: `device: cuda` on a machine without one, or more processes than devices.
@@ -62,72 +67,84 @@ class OutOfMemory(UserError):
 
 
 @contextlib.contextmanager
-def told_out_of_memory() -> Iterator[None]:
-    """Say in one line that the device's memory, or the machine's, did not suffice.
+def reported_out_of_memory() -> Iterator[None]:
+    """Report in one line that the memory of the device, or of the machine, did not suffice.
 
     Raises:
-        OutOfMemory: in the place of torch's OutOfMemoryError, of the RuntimeError of its allocator
-            on the CPU, and of numpy's MemoryError.
+        OutOfMemory: in place of torch's OutOfMemoryError, of the RuntimeError of its allocator on
+            the CPU, and of numpy's MemoryError.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        what = str(error) or "out of memory"
+        message = str(error) or "out of memory"
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            _, allocator, what = what.partition("DefaultCPUAllocator: ")
+            _, allocator, message = message.partition("DefaultCPUAllocator: ")
             if not allocator:
                 raise
-        what, _, _ = what.partition(" GPU ")  # how the allocator's memory is laid out
-        what = what.strip().splitlines()[0].partition(". Error code")[0].rstrip(".")
-        advice = "lower batch_size, for which accumulate makes up, or raise num_segments"
-        raise OutOfMemory(f"{what}; {advice}") from error
+        message, _, _ = message.partition(" GPU ")  # the layout of the allocator's memory
+        message = message.strip().splitlines()[0].partition(". Error code")[0].rstrip(".")
+        advice = "lower batch_size and raise accumulate, or raise num_segments"
+        raise OutOfMemory(f"{message}; {advice}") from error
 
 
-class Manner(NamedTuple):
-    """How a run computes: what `precision` and `compile` come to on this machine."""
+class ExecutionPlan(NamedTuple):
+    """How a run computes on this machine, with every `auto` resolved."""
 
     precision: str  # "auto" on CUDA, which `model.autocast_dtype` resolves
     compile: bool
-    why: str = ""  # where something was chosen
+    cuda_graphs: bool
+    reason: str = ""  # of a choice that was made here
 
 
-def choose_manner(
+def plan_execution(
     config: Config, device: torch.device, parameters: int, begun: str | None = None
-) -> Manner:
-    """`precision` and `compile`, with auto resolved.
+) -> ExecutionPlan:
+    """Resolve `precision`, `compile` and `cuda_graphs`.
 
-    CUDA compiles. On a CPU with instructions for bfloat16 an eager step in it takes about half of
-    float32's time (measured with AVX-512), and compiling it gains nothing on that: long runs take
-    it, short ones keep float32's digits. What a run was begun in, it goes on in. Where bfloat16 was
-    asked for and is emulated (7 times slower than float32, measured with AVX2), `why` says so.
+    CUDA compiles and captures graphs. A CPU computes eagerly unless `compile: true` is set.
 
     Args:
-        parameters: of the model.
+        parameters: the number of the model's parameters.
         begun: the precision of the run that is resumed, None for a new one.
     """
-    asked, compiled = config.precision, config.compile
-    if device.type == "cuda":
-        return Manner(asked, compiled is not False)
-    flop = 8 * parameters * config.max_steps * config.accumulate  # forward, backward and replay
-    is_long = flop * config.batch_size * config.max_seq_len >= LONG_RUN
-    if asked == "auto" and begun is not None:
-        precision = "float32" if begun == "auto" else begun  # auto: it was begun on CUDA
-        why = "as the run was begun"
-    elif asked == "bfloat16" and not bfloat16_instructions():
-        precision, why = asked, "this CPU has no instructions for it; precision=float32 is faster"
-    elif asked != "auto":
-        precision, why = asked, ""
-    elif not bfloat16_instructions():
-        precision, why = "float32", "this CPU has no bfloat16 instructions"
-    elif not is_long:
-        precision, why = "float32", "a short run"
-    else:
-        precision, why = "bfloat16", "a long run on a CPU with instructions for it"
-    return Manner(precision, compiled is True, why)
+    if device.type != "cuda":
+        if config.cuda_graphs is True:
+            log_line("cuda_graphs is off: it needs a CUDA device")
+        precision, reason = _cpu_precision(config, parameters, begun)
+        return ExecutionPlan(precision, config.compile is True, False, reason)
+    graphs = config.cuda_graphs is not False
+    if graphs and autocast_dtype(config.precision, device) == torch.float16:
+        graphs = False
+        if config.cuda_graphs is True:
+            log_line("cuda_graphs is off: float16 scales its gradients from step to step")
+    return ExecutionPlan(config.precision, config.compile is not False, graphs)
+
+
+def _cpu_precision(config: Config, parameters: int, begun: str | None) -> tuple[str, str]:
+    """Return the precision of a run on a CPU and the reason of the choice.
+
+    With AVX-512's instructions an eager step in bfloat16 takes about half of float32's time, so
+    long runs use it and short ones keep float32's digits. With AVX2 it is emulated and 7 times
+    slower. A resumed run keeps its precision.
+    """
+    has_instructions = bfloat16_instructions()
+    if config.precision == "bfloat16" and not has_instructions:
+        return "bfloat16", "this CPU has no instructions for it; precision=float32 is faster"
+    if config.precision != "auto":
+        return config.precision, ""
+    if begun is not None:
+        return ("float32" if begun == "auto" else begun), "as the run was begun"  # auto: on CUDA
+    if not has_instructions:
+        return "float32", "this CPU has no bfloat16 instructions"
+    tokens = config.batch_size * config.accumulate * config.max_seq_len * config.max_steps
+    if 8 * parameters * tokens < LONG_RUN:  # operations of forward, backward and replay
+        return "float32", "a short run"
+    return "bfloat16", "a long run on a CPU with instructions for it"
 
 
 def bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 itself: AMX, or AVX-512's dot product."""
+    """Return whether this CPU multiplies bfloat16 itself: AMX, or AVX-512's dot product."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -135,34 +152,21 @@ def bfloat16_instructions() -> bool:
     return "amx_bf16" in text or "avx512_bf16" in text
 
 
-def uses_cuda_graphs(config: Config, device: torch.device) -> bool:
-    """`cuda_graphs`, with auto resolved; says why where it was asked for and cannot work."""
-    reason = None
-    if device.type != "cuda":
-        reason = "it needs a CUDA device"
-    elif autocast_dtype(config.precision, device) == torch.float16:
-        reason = "float16 scales its gradients from step to step"
-    if reason and config.cuda_graphs is True:
-        log_line(f"cuda_graphs is off: {reason}")
-    return reason is None and config.cuda_graphs is not False
-
-
 def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
-    """Compile the segment's encoder; leave it eager, with one line, where that fails.
+    """Set `model.compiled_encode`; leave the model eager, with one line, where that fails.
 
     Args:
-        batch: of the run's shapes, for the trial step that compiles both passes. Its gradients are
-            held against those of an eager step.
+        batch: of the run's shapes, for a trial step that compiles both passes. Its gradients are
+            compared with those of an eager step.
     Returns:
-        Whether it is compiled.
+        Whether the model is compiled.
     """
     torch._dynamo.reset()  # an earlier run of this process has left its own forms
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    eager = model.encode
-    compiled = torch.compile(eager, dynamic=False)
+    compiled = torch.compile(model.encode, dynamic=False)
 
     def give_up(reason: str) -> None:
-        model.encode = eager
+        model.compiled_encode = None
         log_line(f"compile is off: {reason}")
 
     def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -173,31 +177,47 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
         # Missing compilers, devices and its own defects raise without a common class.
         except Exception as error:
             give_up(first_line(error))
-            return eager(*arguments)
+            return model.encode(*arguments)
 
-    statistics = [buffer.clone() for buffer in model.buffers()]
     seed = model.dropout_seed()
-    gradients = []
-    for form in (eager, encode):
-        model.encode = form
-        model.zero_grad()
-        try:
-            backward(model, batch, 1.0, seed)
-            gradients.append(_flat_gradient(model))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of compiling the backward pass
-            if form is eager:
-                raise
-            give_up(first_line(error))
-        restore(model.buffers(), statistics)
-    model.zero_grad()
-    if model.encode is encode and bool(gradients[0].isfinite().all()):
-        difference = _relative_difference(gradients[1], gradients[0])
-        low = autocast_dtype(model.precision, batch.tokens.device) is not None
-        if not difference <= COMPILE_TOLERANCE[low]:
+    model.compiled_encode = None
+    expected = _trial_gradient(model, backward, batch, seed)
+    model.compiled_encode = encode
+    try:
+        actual = _trial_gradient(model, backward, batch, seed)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of compiling the backward pass
+        give_up(first_line(error))
+        return False
+    if model.compiled_encode is encode and bool(expected.isfinite().all()):
+        difference = _relative_difference(actual, expected)
+        is_lower = autocast_dtype(model.precision, batch.tokens.device) is not None
+        if not difference <= COMPILE_TOLERANCE[is_lower]:
             give_up(f"its gradients differ from eager ones by {difference:.1e}")
-    return model.encode is encode
+    return model.compiled_encode is encode
+
+
+def _trial_gradient(
+    model: RMAAT, backward: Backward, batch: Batch, seed: Tensor | None
+) -> Tensor:
+    """Return the flat gradient of one step; leave no gradient and the buffers as they were."""
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    model.zero_grad()
+    try:
+        backward(model, batch, 1.0, seed)
+        return _flat_gradient(model)
+    finally:
+        model.zero_grad()
+        restore(model.buffers(), statistics)
+
+
+def _flat_gradient(model: RMAAT) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _relative_difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 class Capture(NamedTuple):
@@ -212,11 +232,13 @@ class Capture(NamedTuple):
 class Graphed:
     """A step captured as one CUDA graph per shape of batch, and replayed.
 
-    Batches of whole segments have one shape per number of active segments. The first replay of
-    every graph is held against the eager result; where they differ, or the capture fails, all
+    Batches of full segments have one shape per number of active segments. The first replay of
+    every graph is compared with the eager result. Where they differ, or the capture fails, all
     further steps are eager and one line says so. All captures share one memory pool and one side
     stream: a stream of its own would keep a workspace of the matrix library for each.
     """
+
+    has_gradients = False
 
     def __init__(self, step: Callable[..., Any]) -> None:
         """Args:
@@ -230,7 +252,7 @@ class Graphed:
     def __call__(
         self, model: RMAAT, batch: Batch, scale: float = 1.0, seed: Tensor | None = None, *rest: Any
     ) -> Any:
-        """What the step returns, copied; `rest` is part of a graph."""
+        """Return a copy of the step's result; `rest` is constant within a graph."""
         # Drawn outside of the graph, which would repeat its own draw.
         seed = model.dropout_seed() if seed is None else seed
         key = (batch.tokens.shape, batch.mask is None, scale, model.training, *rest)
@@ -247,8 +269,8 @@ class Graphed:
 
     def _try_capture(self, key: tuple, model: RMAAT, *arguments: Any) -> None:
         """Capture one form of the step; leave gradients and running statistics as they were."""
-        kept = self._state(model)
-        values = [tensor.clone() for tensor in kept]
+        written = [*model.buffers(), *self._gradients(model)]
+        values = [tensor.clone() for tensor in written]
         current = torch.cuda.current_stream()
         try:
             capture = self._capture(model, *arguments)
@@ -264,54 +286,60 @@ class Graphed:
             self.captures.clear()
             log_line(f"cuda_graphs is off: {first_line(error.__context__ or error)}")
         finally:
-            restore(kept, values)
+            restore(written, values)
         if not self.enabled:
             torch.cuda.empty_cache()  # the pool's memory
 
     def _capture(
         self, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None, *rest: Any
     ) -> Capture | None:
-        """Record the step on copies of batch and seed; None where the batch itself is sick.
+        """Record the step on copies of batch and seed; None if its result is not finite.
 
         Raises:
             RuntimeError: the step cannot be captured, or its replay computes something else.
         """
         static = Batch(*(None if x is None else x.clone() for x in batch))
         static_seed = None if seed is None else seed.clone()
+        gradients = self._gradients(model)
+
+        def run() -> Any:
+            if gradients:
+                torch._foreach_zero_(gradients)
+            return self.step(model, static, scale, static_seed, *rest)
+
+        def outcome(result: Any) -> Tensor:
+            return _flat_gradient(model) if self.has_gradients else result.logits.clone()
+
         main = torch.cuda.current_stream()
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             for _ in range(WARMUP_RUNS):
-                self._clear(model)
-                result = self.step(model, static, scale, static_seed, *rest)
+                result = run()
         main.wait_stream(self.stream)
-        eager = self._witness(model, result)
+        eager = outcome(result)
         if not bool(eager.isfinite().all()):
             return None
 
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self.captures.values()), None)
-        self._clear(model)
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
             result = self.step(model, static, scale, static_seed, *rest)
-        self._clear(model)
+        if gradients:
+            torch._foreach_zero_(gradients)
         graph.replay()
-        difference = _relative_difference(self._witness(model, result), eager)
+        difference = _relative_difference(outcome(result), eager)
         if not difference <= GRAPH_TOLERANCE:
             raise RuntimeError(f"its results differ from eager ones by {difference:.1e}")
         return Capture(graph, static, static_seed, result)
 
-    def _state(self, model: RMAAT) -> list[Tensor]:
-        """What a step changes."""
-        return list(model.buffers())
-
-    def _clear(self, model: RMAAT) -> None:
-        """Undo what a step adds up."""
-
-    def _witness(self, model: RMAAT, result: Any) -> Tensor:
-        """What tells a right step from a wrong one, a copy."""
-        return result.logits.clone()
+    def _gradients(self, model: RMAAT) -> list[Tensor]:
+        """Return the gradients that the step adds to, created where there are none."""
+        parameters = [p for p in model.parameters() if p.requires_grad and self.has_gradients]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in parameters]
 
 
 class GraphedBackward(Graphed):
@@ -320,23 +348,97 @@ class GraphedBackward(Graphed):
     The gradients must stay the same tensors: clear them with `zero_grad(set_to_none=False)`.
     """
 
-    def _state(self, model: RMAAT) -> list[Tensor]:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [*super()._state(model), *(p.grad for p in parameters)]
-
-    def _clear(self, model: RMAAT) -> None:
-        model.zero_grad(set_to_none=False)
-
-    def _witness(self, model: RMAAT, result: Any) -> Tensor:
-        return _flat_gradient(model)
+    has_gradients = True
 
 
-def _flat_gradient(model: RMAAT) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+class BudgetedReplay:
+    """`amrb_backward` that keeps the activations of as many segments as `replay_segments` allows.
+
+    With auto the first step measures the activations of one segment and keeps as many as fit into
+    `REPLAY_SHARE` of the free memory. A step that still runs out of memory is repeated with half
+    as many, and so are all later ones; `.grad` contains nothing of the failed attempt.
+    """
+
+    def __init__(self, backward: Backward, config: Config) -> None:
+        self.backward = backward
+        self.num_segments = config.segments_per_sequence
+        replayed = config.replay_segments
+        self.kept = None if replayed == "auto" else self.num_segments - replayed
+
+    def __call__(
+        self, model: RMAAT, batch: Batch, scale: float | Tensor = 1.0, seed: Tensor | None = None
+    ) -> Any:
+        """Add the gradients of `scale` times the mean loss to `.grad`; a `train.StepResult`."""
+        if seed is None:
+            seed = model.dropout_seed()  # here: a repeated step must drop the same
+        if self.kept is None:
+            self.kept = self._affordable(model, batch, seed)
+        statistics = [buffer.clone() for buffer in model.head.buffers()]
+        while True:
+            try:
+                return self.backward(model, batch, scale, seed, self.kept)
+            except torch.OutOfMemoryError:
+                if self.kept == 1:
+                    raise
+            # Outside of the handler, whose error holds the failed step's tensors.
+            kept, self.kept = self.kept, self.kept // 2
+            restore(model.head.buffers(), statistics)
+            torch.cuda.empty_cache()
+            log_line(
+                f"out of memory with the activations of {kept} segments kept, "
+                f"{self.kept} from now on"
+            )
+
+    def _affordable(self, model: RMAAT, batch: Batch, seed: Tensor | None) -> int:
+        """Return how many segments' activations fit into memory, at least 1."""
+        free = free_memory(model.memory.device)
+        each = activation_bytes(model, batch, seed)
+        kept = min(1 + int(REPLAY_SHARE * free / each), self.num_segments)
+        log_line(
+            f"replay_segments: {self.num_segments - kept} of {self.num_segments}; a segment's "
+            f"activations take {each / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free"
+        )
+        return kept
 
 
-def _relative_difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+def activation_bytes(model: RMAAT, batch: Batch, seed: Tensor | None = None) -> int:
+    """Return the bytes that one full segment of `batch` keeps for its backward pass, run eagerly.
+
+    Compiled segments keep less.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    segments, _ = model.split(batch.tokens, batch.mask)
+    with (
+        shared_weights(model) as weights, torch.compiler.set_stance("force_eager"),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        positions = model.positions()
+        kept.clear()
+        outputs = next(model.recur(segments[:1], positions, seed))  # holds the saved tensors
+        for _, leaf in weights:
+            kept.pop(leaf.data_ptr(), None)
+        del outputs
+    M, length = model.memory.shape[0], segments[0].tokens.shape[1]
+    return sum(kept.values()) * (M + model.segment_len) // (M + length)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that this process can still take; 0 where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not sys.platform.startswith("linux"):
+        return 0
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")  # of a container; without a limit "max" is no number
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return max(free, 0)

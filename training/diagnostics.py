@@ -1,17 +1,132 @@
-"""A look inside the model: what goes wrong when a run is sick, and what its attention reads."""
+"""What a user sees of a run: its overview, its internals, accuracy by slice, and peak memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention import AstromorphicAttention, LinearAttention, SoftmaxAttention
 from attention.baselines import softmax_attention, visible_keys
 from attention.equations import Terms, astromorphic_response
 from attention.heads import Attention
+from data.packing import PackedSplit, Reader
+from data.tasks import PADDING_ID, ListOpsTokenizer
 from dataloader import Batch
+from lra_config import Config
 from model import RMAAT, autocast_dtype
+from run.processes import ALONE, Processes
 from run.state import NonFiniteError
+from training.acceleration import activation_bytes
+from utils import hardware
+
+LENGTH_RANGES = 4  # of equal width, up to max_seq_len
+DEEPEST = 10  # ListOps; a greater mean depth counts as this one
+OPERATORS = [token for token in ListOpsTokenizer.tokens if token.startswith("[")]
+FIRST_OPERATOR = PADDING_ID + 1
+CLOSING = FIRST_OPERATOR + len(OPERATORS)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a run will do and its expected cost; the figures are kept in `summary.json`."""
+
+    text: str  # one screen
+    tokens_per_step: int  # real ones of all processes, on average
+    mflop_per_token: float | None  # of matrix products, replay included; None: not counted
+    # Of one process, without the temporary tensors of single operations; None: not known.
+    memory_mib: int | None
+
+    def expected(self) -> dict[str, float | None]:
+        """Return the figures alone."""
+        return {
+            "tokens_per_step": self.tokens_per_step, "mflop_per_token": self.mflop_per_token,
+            "memory_mib": self.memory_mib,
+        }
+
+
+def look_ahead(
+    config: Config, model: RMAAT, reader: Reader, splits: Mapping[str, PackedSplit], batch: Batch,
+    processes: Processes,
+) -> Overview:
+    """Return the overview of a run from its model and its data.
+
+    Runs one segment of `batch` forwards, and two of its sequences forwards and backwards.
+    """
+    device, train = model.memory.device, splits["train"]
+    parameters = sum(p.numel() for p in model.parameters())
+    sequences = config.batch_size * config.accumulate * processes.world_size
+    tokens = round(sequences * train.lengths.sum() / len(train))
+    kept = config.segments_per_sequence
+    if config.memory_replay_backprop:
+        replayed = config.replay_segments
+        kept = kept - replayed if isinstance(replayed, int) else 1
+    held = held_memory_mib(device)
+    optimizer_bytes = 3 * 4 * parameters  # gradients and two moments in float32
+    needed = held + (optimizer_bytes + kept * activation_bytes(model, batch)) / 2**20
+    memory = None if math.isnan(needed) else round(needed)
+    flop = flop_per_token(model, batch)
+    mflop = None if flop is None else round(flop / 1e6, 3)
+
+    method = "AMRB" if config.memory_replay_backprop else "BPTT"
+    lines = [
+        f"{config.dataset} ({reader.origin()}): "
+        + ", ".join(f"{name} {len(split):,}" for name, split in splits.items()),
+        f"{config.attention_type}, layers {config.num_layers}, width {config.dim}, parameters "
+        f"{parameters:,}; segments {config.num_segments} of {config.segment_len} tokens, memory "
+        f"tokens {config.num_memory_tokens}",
+        f"a step: {sequences} sequences, about {tokens:,} real tokens, {method}"
+        + ("" if mflop is None else f", {mflop:.2f} MFLOP a token"),
+        f"{config.last_step:,} steps, {config.last_step * sequences / len(train):.2f} epochs; "
+        + ("" if memory is None else f"{memory:,} MiB of memory at least; ")
+        + f"{model.precision} on {hardware(device)}",
+    ]
+    return Overview("\n".join(lines), tokens, mflop, memory)
+
+
+def count_flop(model: RMAAT, batch: Batch) -> float | None:
+    """Return the multiplications and additions of matrix products in one step, replay included.
+
+    None for the softmax systems, as not every fused kernel of softmax attention is counted.
+    """
+    config = model.config
+    if config.attention_type not in ("astro", "linear"):
+        return None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with eager_evaluation(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        loss = F.cross_entropy(model(batch.tokens, batch.mask), batch.labels)
+        forward = counter.get_total_flops()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    flop = counter.get_total_flops()
+    if config.memory_replay_backprop:
+        T, replayed = config.segments_per_sequence, config.replay_segments
+        flop += forward * (replayed if isinstance(replayed, int) else T - 1) / T
+    return flop
+
+
+def flop_per_token(model: RMAAT, batch: Batch) -> float | None:
+    """Return `count_flop` of a step per token, padding included, from two sequences of it.
+
+    The position terms do not grow with the sequences, and are shared by all of them.
+    """
+    counts = [
+        count_flop(model, Batch(*(None if x is None else x[:rows] for x in batch)))
+        for rows in (1, 2)
+    ]
+    if None in counts:
+        return None
+    sequence, B = counts[1] - counts[0], len(batch.labels)  # a single one gives 0
+    return (counts[0] + (B - 1) * sequence) / batch.tokens.numel()
 
 
 def check_finite(model: RMAAT, failed: int, what: str) -> None:
@@ -30,75 +145,151 @@ def check_finite(model: RMAAT, failed: int, what: str) -> None:
     raise NonFiniteError(f"{what}: the logits of {failed:,} are not finite; {advice}")
 
 
-@torch.no_grad()
-def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
-    """Run one batch without dropout and look inside.
+class Share(TypedDict):
+    """The accuracy of one slice of a split."""
 
-    Returns:
-        `calcium_min`, the least C of any real row, layer and segment (where P = 1 / C is on: the
-        attention grows as it falls), and `memory_norm/t`, the mean norm of the memory tokens that
-        leave segment t, their retention factor included. `attention_spread/l` says how far the
-        rows of layer l's attention differ: the deviation over the real rows of a sample against
-        the rms, 0 where all rows are alike, averaged over the segments.
+    accuracy: float  # fraction
+    examples: int
+
+
+class Slices:
+    """Counts correct answers by label, by length, and for ListOps by root operator and depth.
+
+    A length is the number of real tokens of all documents of an example, in quarters of
+    `max_seq_len`; images have none, as they are all alike. The root is the outermost operator. The
+    depth is the number of operators around a token, averaged over the tokens and rounded: nearly
+    every expression of 500 tokens has the greatest depth somewhere.
     """
-    least: list[Tensor] = []
 
-    def record(attention: AstromorphicAttention, arguments: tuple, _: Tensor) -> None:
-        x, mask, *_ = arguments
-        calcium = attention.calcium(x, mask)[..., 0]  # (B, H, N)
-        if mask is not None:
-            calcium = calcium.masked_fill(~mask[:, None], torch.inf)
-        least.append(calcium.min())
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.width = -(-config.max_seq_len // LENGTH_RANGES)
+        self.names = {"label": [str(label) for label in range(config.task.num_classes)]}
+        if not config.task.is_image:
+            self.names["length"] = [
+                f"{i * self.width + 1} to {min((i + 1) * self.width, config.max_seq_len)}"
+                for i in range(LENGTH_RANGES)
+            ]
+        if config.task.tokenizer is ListOpsTokenizer:
+            self.names["root"] = [operator.removeprefix("[") for operator in OPERATORS]
+            self.names["depth"] = [str(depth) for depth in range(DEEPEST + 1)]
+        self.counts = {  # (groups, 2): correct, all
+            name: torch.zeros(len(groups), 2, dtype=torch.float64, device=device)
+            for name, groups in self.names.items()
+        }
 
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    spreads: list[list[Tensor]] = [[] for _ in layers]
+    def add(self, batch: Batch, correct: Tensor) -> None:
+        """Count a batch; `correct` is (B,) bool."""
+        ones = torch.stack([correct, torch.ones_like(correct)], dim=1).double()
+        for name, counts in self.counts.items():
+            group = getattr(self, f"_{name}")(batch)  # (B,) int64; outside of the names: no slice
+            inside = (group >= 0) & (group < len(counts))
+            counts.index_add_(0, group.where(inside, 0), ones * inside[:, None])
 
-    def record_spread(layer: int, mask: Tensor | None, y: Tensor) -> None:
-        real = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
-        mean = (y * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1)
-        deviation, total = (((x * real).square().sum()) for x in (y - mean, y))
-        spreads[layer].append((deviation / total.clamp_min(1e-30)).sqrt())
+    def shares(self, processes: Processes = ALONE) -> dict[str, dict[str, Share]]:
+        """Return the accuracy by kind of slice and slice; slices without examples are left out."""
+        return {
+            name: {
+                group: Share(accuracy=correct / examples, examples=int(examples))
+                for group, (correct, examples) in zip(
+                    self.names[name], processes.sum(counts.clone()).tolist(), strict=True
+                )
+                if examples
+            }
+            for name, counts in self.counts.items()
+        }
 
-    hooks = [
-        module.register_forward_hook(
-            lambda _, arguments, y, layer=layer: record_spread(layer, arguments[1], y)
+    def _label(self, batch: Batch) -> Tensor:
+        return batch.labels
+
+    def _length(self, batch: Batch) -> Tensor:
+        return ((batch.tokens != PADDING_ID).sum(dim=1) - 1) // self.width
+
+    def _root(self, batch: Batch) -> Tensor:
+        first = batch.tokens[:, 0]
+        return torch.where(first < CLOSING, first - FIRST_OPERATOR, -1)
+
+    def _depth(self, batch: Batch) -> Tensor:
+        tokens = batch.tokens
+        opens = (tokens >= FIRST_OPERATOR) & (tokens < CLOSING)
+        # An operator and its closing bracket are not inside of themselves.
+        around = (opens.long() - (tokens == CLOSING).long()).cumsum(dim=1) - opens.long()
+        real = tokens != PADDING_ID
+        mean = (around * real).sum(dim=1) / real.sum(dim=1)
+        return mean.round().long().clamp(0, DEEPEST)
+
+
+def slices_text(shares: dict[str, dict[str, Share]]) -> str:
+    """Return one line per kind of slice: `root: MIN 71.7 % of 498, MAX ...`."""
+    return "\n".join(
+        f"{name}: " + ", ".join(
+            f"{group} {100 * share['accuracy']:.1f} % of {share['examples']}"
+            for group, share in groups.items()
         )
-        for layer, module in enumerate(layers)
-    ]
-    hooks += [
-        module.register_forward_hook(record)
-        for module in model.modules()
-        if isinstance(module, AstromorphicAttention) and module.terms.normalize
-    ]
+        for name, groups in shares.items()
+    )
+
+
+@contextlib.contextmanager
+def eager_evaluation(
+    model: RMAAT, layers: Sequence[Attention] = (), hook: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Run the model eagerly, without dropout, and call `hook` after every call of `layers`."""
     training = model.training
+    handles = [attention.register_forward_hook(hook) for attention in layers]
     model.eval()
     try:
-        segments, _ = model.split(batch.tokens, batch.mask)
-        with torch.compiler.set_stance("force_eager"):  # compiled forms would leave the hooks out
-            memories = [memory for memory, _ in model.recur(segments)]
+        # Compiled forms would leave the hooks out.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def inspect_model(model: RMAAT, batch: Batch) -> dict[str, float]:
+    """Run one batch without dropout and return statistics of its attention and memory.
+
+    Returns:
+        `calcium_min`, the least C of any real row, layer and segment, where P = 1 / C is on.
+        `attention_spread/l`, how far the rows of layer l's attention differ: the deviation over the
+        real rows of a sample relative to their rms, 0 where all rows are alike, averaged over the
+        segments. `memory_norm/t`, the mean norm of the memory tokens that leave segment t, with
+        their retention factor.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    least: list[Tensor] = []
+    spreads: dict[Attention, list[Tensor]] = {attention: [] for attention in layers}
+
+    def record(attention: Attention, arguments: tuple, y: Tensor) -> None:
+        x, mask, *_ = arguments
+        real = torch.ones_like(y[..., :1]) if mask is None else mask[..., None].to(y.dtype)
+        mean = (y * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1)
+        deviation, total = ((z * real).square().sum() for z in (y - mean, y))
+        spreads[attention].append((deviation / total.clamp_min(1e-30)).sqrt())
+        if isinstance(attention, AstromorphicAttention) and attention.terms.normalize:
+            calcium = attention.calcium(x, mask)[..., 0]  # (B, H, N)
+            if mask is not None:
+                calcium = calcium.masked_fill(~mask[:, None], torch.inf)
+            least.append(calcium.min())
+
+    segments, _ = model.split(batch.tokens, batch.mask)
+    with eager_evaluation(model, layers, record):
+        memories = [memory for memory, _ in model.recur(segments)]
     found = {"calcium_min": float(torch.stack(least).min())} if least else {}
-    found |= {
-        f"attention_spread/{layer}": float(torch.stack(values).mean())
-        for layer, values in enumerate(spreads, start=1)
-    }
+    for layer, attention in enumerate(layers, start=1):
+        found[f"attention_spread/{layer}"] = float(torch.stack(spreads[attention]).mean())
     if model.config.num_memory_tokens:
-        found |= {
-            f"memory_norm/{t}": float(memory.norm(dim=-1).mean())
-            for t, memory in enumerate(memories, start=1)
-        }
+        for t, memory in enumerate(memories, start=1):
+            found[f"memory_norm/{t}"] = float(memory.norm(dim=-1).mean())
     return found
 
 
-@torch.no_grad()
 def attention_rows(model: RMAAT, tokens: Tensor, index: int) -> Tensor:
-    """The weights A with which the rows of one segment read its values, per layer and head.
+    """Return the attention weights A of one segment, per layer and head.
 
-    These mechanisms are linear in V: what they answer to V = 1 is A, whose N x N entries none of
-    them forms in training.
+    These mechanisms are linear in V. Their response to V = 1 is A, which has N x N entries and is
+    never formed in training.
 
     Args:
         tokens: (1, L) integer ids, L at most `max_seq_len`.
@@ -111,6 +302,13 @@ def attention_rows(model: RMAAT, tokens: Tensor, index: int) -> Tensor:
     segments, _ = model.split(tokens)
     if not 0 <= index < len(segments):
         raise ValueError(f"segment {index} of {len(segments)}; count them from 0")
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    kinds = (AstromorphicAttention, LinearAttention, SoftmaxAttention)
+    if model.config.hebbian_sigmoid or not all(isinstance(layer, kinds) for layer in layers):
+        raise ValueError(
+            "only attention that is linear in its values has weights: astro (without "
+            "hebbian_sigmoid), linear and softmax"
+        )
     found: list[Tensor] = []
 
     def record(attention: Attention, arguments: tuple, _: Tensor) -> None:
@@ -123,26 +321,47 @@ def attention_rows(model: RMAAT, tokens: Tensor, index: int) -> Tensor:
         terms = attention.terms if isinstance(attention, AstromorphicAttention) else Terms()
         found.append(astromorphic_response(q, k, unit, mask, positions, terms)[0])
 
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    for layer in layers:
-        kinds = (AstromorphicAttention, LinearAttention, SoftmaxAttention)
-        if not isinstance(layer, kinds) or model.config.hebbian_sigmoid:
-            raise ValueError(
-                "only attention that is linear in its values reads by weights: astro (without "
-                "hebbian_sigmoid), linear and softmax"
-            )
-    training = model.training
-    model.eval()
-    hooks = []
-    try:
-        memory = model.initial_memory(1)
-        for passed in model.recur(segments[:index]):
-            memory = passed[0]
-        hooks = [layer.register_forward_hook(record) for layer in layers]
-        with torch.compiler.set_stance("force_eager"):
-            model.segment(segments[index].tokens, memory, index, segments[index].mask)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(found)
+    with eager_evaluation(model, layers, record):
+        for _ in model.recur(segments[: index + 1]):
+            pass
+    return torch.stack(found[-len(layers) :])
+
+
+def reset_peak_memory(device: torch.device) -> float:
+    """Let `peak_memory_mib` count from now on, where the system can: CUDA and Linux.
+
+    Returns:
+        The memory that is held now, in MiB.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform.startswith("linux"):
+        ctypes.CDLL(None).malloc_trim(0)  # return the free memory of the C heap
+        with contextlib.suppress(OSError):  # a container may forbid it
+            Path("/proc/self/clear_refs").write_text("5")
+    return held_memory_mib(device)
+
+
+def held_memory_mib(device: torch.device) -> float:
+    """Return the memory held now in MiB: allocated on CUDA, resident on Linux, else NaN."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    return _resident_mib("VmRSS") if sys.platform.startswith("linux") else math.nan
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory of this process in MiB: allocated on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform.startswith("linux"):
+        return _resident_mib("VmHWM")
+    import resource  # not on Windows, where only CUDA's figure exists
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
+def _resident_mib(field: str) -> float:
+    """Return a figure of Linux' account of this process: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))

@@ -122,28 +122,29 @@ def shared_weights(model: SegmentRecurrent) -> Iterator[list[Source]]:
         Every trained parameter and the leaf that the segments read in its place: a copy in the
         lower precision, or itself where nothing is cast.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     dtype = autocast_dtype(model.precision, next(model.parameters()).device)
-    places = [] if dtype is None else [
-        (module._parameters, name)
+    slots = [] if dtype is None else [
+        (module, name, parameter)
         for module in model.layers.modules() if isinstance(module, nn.Linear | nn.Conv2d)
-        for name, _ in module.named_parameters(recurse=False)
+        for name, parameter in module.named_parameters(recurse=False)
     ]
-    originals = [registry[name] for registry, name in places]
-    casts = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in originals]
+    originals = [parameter for _, _, parameter in slots]
+    casts = [
+        nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=p.requires_grad)
+        for p in originals
+    ]
     if casts:
         with torch.no_grad():
             torch._foreach_copy_(casts, originals)
-    for cast, original in zip(casts, originals, strict=True):
-        cast.requires_grad_(original.requires_grad)
     leaves = dict(zip(originals, casts, strict=True))
     try:
-        for (registry, name), cast in zip(places, casts, strict=True):
-            registry[name] = cast
-        yield [(p, leaves.get(p, p)) for p in parameters]
+        for (module, name, _), cast in zip(slots, casts, strict=True):
+            setattr(module, name, cast)
+        yield [(p, leaves.get(p, p)) for p in trained]
     finally:
-        for (registry, name), original in zip(places, originals, strict=True):
-            registry[name] = original
+        for module, name, original in slots:
+            setattr(module, name, original)
 
 
 class GradientSums:
