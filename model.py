@@ -33,12 +33,10 @@ import abc
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from astrocyte import retention_factors
@@ -46,9 +44,8 @@ from attention import ATTENTION, AstromorphicAttention, LinearAttention, Softmax
 from attention.dropout import derive_keys, draw_seed, dropout
 from attention.token_mixer import ImageConvolution
 from data.tasks import PADDING_ID
-from lra_config import Config, make_config
-from run import checkpoint
-from run.files import write_json
+from lra_config import Config
+from run.hub import HubMixin
 from utils import (
     digit_height,
     digit_positions,
@@ -63,7 +60,6 @@ __all__ = [
     "build_model",
 ]
 
-HUB_ARGUMENTS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
 INTENSITY_POWER = 8  # of a grey level under `pooling: intensity`: a half counts 1 / 256
 READOUT_MOMENTUM = 0.02  # of the running statistics that `readout_norm: batch` evaluates with
 
@@ -333,9 +329,7 @@ def build_head(config: Config) -> nn.Module:
     return nn.Sequential(*modules) if len(modules) > 1 else modules[0]
 
 
-class RMAAT(
-    SegmentRecurrent, PyTorchModelHubMixin, license="mit", paper_url="https://arxiv.org/abs/2601.00426"
-):
+class RMAAT(SegmentRecurrent, HubMixin):
     """The segment-recurrent encoder and its classification head.
 
     The memory that leaves segment t, times its retention factor, enters segment t + 1. With other
@@ -360,7 +354,6 @@ class RMAAT(
         super().__init__()
         self.config = config
         self.vocabulary = None if vocabulary is None else list(vocabulary)
-        self.summary: dict[str, Any] | None = None  # of the finished run that was loaded
         self.segment_len = config.segment_len
         self.max_seq_len = config.max_seq_len
         self.num_sequences = config.num_sequences  # sequences that one example is encoded as
@@ -581,24 +574,6 @@ class RMAAT(
             "model": self.state_dict(), "config": self.config.model_dump(),
             "vocabulary": self.vocabulary,
         }
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        checkpoint.export(self.state(), save_directory, self.summary)
-        if self.summary is not None:
-            write_json(save_directory / "summary.json", self.summary)
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, config: dict[str, Any], strict: bool = True, **arguments: Any
-    ) -> RMAAT:
-        """The mixin's hook: `config` holds what `checkpoint.export` wrote into config.json."""
-        values = {key: value for key, value in config.items() if key != "vocabulary"}
-        model = super()._from_pretrained(
-            model_id=model_id, config=make_config(values), strict=strict, **arguments
-        )
-        hub = {key: arguments[key] for key in HUB_ARGUMENTS & arguments.keys()}
-        model.summary = checkpoint.load_summary(model_id, **hub)
-        return model
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The mixed precision of `precision` on `device`.

@@ -61,10 +61,6 @@ MARKERS = ("o", "s", "^", "D", "v", "x", "*", "P")
 MOST_MARKERS = 20  # on a curve, about
 
 
-class PlotError(UserError, ValueError):
-    """Something that cannot be drawn, or a figure that cannot be written."""
-
-
 class Finished(BaseModel):
     """The values of a `summary.json` that figures need."""
 
@@ -92,7 +88,7 @@ def write_figure(path: str | Path, draw: Callable[[], Figure]) -> None:
     """Draw a figure in the common style and write it atomically; the suffix chooses the format.
 
     Raises:
-        PlotError: the suffix is not a format of matplotlib, or `draw` raises it.
+        UserError: the suffix is not a format of matplotlib, or `draw` raises it.
     """
     path = Path(path)
     # An inherited MPLBACKEND may name a package that is not installed. A notebook keeps its own.
@@ -103,7 +99,7 @@ def write_figure(path: str | Path, draw: Callable[[], Figure]) -> None:
     with matplotlib.rc_context(STYLE):
         figure = draw()
         if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
-            raise PlotError(f"{path}: the suffix names no figure format; use .png, .pdf or .svg")
+            raise UserError(f"{path}: the suffix names no figure format; use .png, .pdf or .svg")
         with atomic_write(path) as handle:
             figure.savefig(handle, format=path.suffix[1:])
 
@@ -197,13 +193,13 @@ def draw_curves(axes: Axes, labels: dict[str, list[Path]], key: str, scale: floa
     """Draw the mean over each label's runs, with a band from the least to the largest value.
 
     Raises:
-        PlotError: a run has not logged anything yet.
+        UserError: a run has not logged anything yet.
     """
     for number, (label, folders) in enumerate(labels.items()):
         rows = [read_metrics(folder) for folder in folders]
         for folder, own in zip(folders, rows, strict=True):
             if not own:
-                raise PlotError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
+                raise UserError(f"{folder}: its metrics.jsonl holds no row yet; wait for the first")
         steps, mean, low, high = mean_and_range(rows, key, scale)
         style = line_style(number)
         if len(folders) > 1:
@@ -219,7 +215,7 @@ def curves_figure(folders: Sequence[Path]) -> Figure:
     Args:
         folders: of runs. One without a validation so far shows its training loss only.
     Raises:
-        PlotError: a run has not logged anything yet.
+        UserError: a run has not logged anything yet.
     """
     figure = new_figure(9, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -242,16 +238,16 @@ def finished_run(folder: Path) -> tuple[Config, Finished]:
     """Read the configuration and the summary of a run.
 
     Raises:
-        PlotError: it has not ended, or its summary is damaged.
+        UserError: it has not ended, or its summary is damaged.
     """
     path = folder / "summary.json"
     try:
         config = load_config(folder / "config.yaml", quiet=True)
         return config, read_json(path, TypeAdapter(Finished))
     except FileNotFoundError:
-        raise PlotError(f"{path}: missing; name the folder of a finished run") from None
+        raise UserError(f"{path}: missing; name the folder of a finished run") from None
     except ValueError as error:
-        raise PlotError(f"{path}: {error}; name the folder of a finished run") from None
+        raise UserError(f"{path}: {error}; name the folder of a finished run") from None
 
 
 def segments_figure(folders: Sequence[Path]) -> Figure:
@@ -260,7 +256,7 @@ def segments_figure(folders: Sequence[Path]) -> Figure:
     A line holds the runs of one task, system and number of steps.
 
     Raises:
-        PlotError: a run is not finished.
+        UserError: a run is not finished.
     """
     lines: dict[str, dict[int, list[Finished]]] = defaultdict(lambda: defaultdict(list))
     for folder in folders:
@@ -297,7 +293,7 @@ def accuracy_figure(runs: dict[str, dict[str, list[Path]]]) -> Figure:
     Args:
         runs: by task and system, the folders of its seeds; as named in `tables`.
     Raises:
-        PlotError: a run is not finished.
+        UserError: a run is not finished.
     """
     figure = new_figure(11, 3.4)
     for axes, (task, systems) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
@@ -349,7 +345,7 @@ def attention_figure(folder: Path, text: str, index: int = 0) -> Figure:
         text: a ListOps expression or a text.
         index: of the segment, from 0.
     Raises:
-        PlotError: the run has no weights, the task has no texts, or there is no such segment.
+        UserError: the run has no weights, the task has no texts, or there is no such segment.
     """
     import torch
 
@@ -357,11 +353,11 @@ def attention_figure(folder: Path, text: str, index: int = 0) -> Figure:
     from training.diagnostics import attention_rows
 
     if not (folder / "model.safetensors").is_file():
-        raise PlotError(f"{folder / 'model.safetensors'}: missing; name a finished run")
+        raise UserError(f"{folder / 'model.safetensors'}: missing; name a finished run")
     model = RMAAT.from_pretrained(str(folder))
     config, kind = model.config, model.config.task.tokenizer
     if config.task.is_image or config.task.num_documents > 1:
-        raise PlotError(f"{folder}: {config.dataset} has no single text to draw")
+        raise UserError(f"{folder}: {config.dataset} has no single text to draw")
     tokenizer = kind(model.vocabulary) if model.vocabulary else kind()
     try:
         try:
@@ -371,7 +367,7 @@ def attention_figure(folder: Path, text: str, index: int = 0) -> Figure:
         ids = torch.from_numpy(stored.astype("int64") + tokenizer.offset)
         maps = attention_rows(model, ids[None], index).float().numpy()
     except ValueError as error:
-        raise PlotError(f"TEXT {text!r}: {error}") from None
+        raise UserError(f"TEXT {text!r}: {error}") from None
     layers, heads, N, _ = maps.shape
     M = config.num_memory_tokens
     names = position_names(config, ids[index * model.segment_len :][: N - M].tolist())
@@ -402,7 +398,7 @@ def memory_figure(files: Sequence[Path]) -> Figure:
     """Draw a step's peak memory over its time, a line per system with a marker per length.
 
     Raises:
-        PlotError: a file is not what `benchmark.py memory --json` writes.
+        UserError: a file is not what `benchmark.py memory --json` writes.
     """
     lines: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for file in files:
@@ -412,7 +408,7 @@ def memory_figure(files: Sequence[Path]) -> Figure:
                     point = row["step_seconds"], row["peak_mib"], row["seq_len"]
                     lines[row["system"]].append(point)
         except (ValueError, KeyError, TypeError):
-            raise PlotError(
+            raise UserError(
                 f"{file}: holds no rows of `benchmark.py memory`; measure with --json {file}"
             ) from None
     figure = new_figure(6.4, 4.2)

@@ -63,7 +63,7 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
 
     Raises:
         DataError: the data are missing or damaged.
-        NonFiniteError: a logit is not finite.
+        UserError: a logit is not finite.
     """
     config, device = model.config, next(model.parameters()).device
     processes = current_processes()
@@ -118,7 +118,7 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
         `class`, and `probabilities` of all classes.
     Raises:
         DataError: a line cannot be read; it is named by its row, from 1.
-        NonFiniteError: a logit is not finite.
+        UserError: a logit is not finite.
     """
     config, tokenizer = model.config, tokenizer_of(model)
     device = next(model.parameters()).device

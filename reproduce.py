@@ -53,15 +53,6 @@ BUDGETS: dict[str, dict[str, Any]] = {
 REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
 
 
-class Interrupted(UserError):
-    """A signal arrived; the child saved a checkpoint and ended."""
-
-    def __init__(self, signal_number: int) -> None:
-        name = signal.Signals(signal_number).name
-        super().__init__(f"{name}; the same command goes on from here")
-        self.exit_status = 128 + signal_number
-
-
 def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """RMAAT with one thing changed: name to (what it is, overrides over `rmaat.yaml`).
 
@@ -189,7 +180,7 @@ def run_logged(arguments: Sequence[str], log: Path) -> str | None:
     Returns:
         None, or in one line why it failed.
     Raises:
-        Interrupted: a signal arrived.
+        UserError: a signal arrived.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as handle:
@@ -202,7 +193,10 @@ def run_logged(arguments: Sequence[str], log: Path) -> str | None:
         with caught_signals(child.send_signal) as received:
             status = child.wait()
     if received:
-        raise Interrupted(received[0])
+        name = signal.Signals(received[0]).name
+        raise UserError(
+            f"{name}; the same command goes on from here", exit_status=128 + received[0]
+        )
     if status == 0:
         return None
     lines = log.read_text(errors="replace").split("\n")

@@ -24,7 +24,7 @@ from run.program import end_at_once, end_by_exception
 if TYPE_CHECKING:
     from lra_config import Config
     from model import RMAAT
-    from run.state import Summary
+    from run.checkpoint import Summary
 
 NAME = "run_train.py"
 
@@ -86,7 +86,7 @@ def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
         What carries it out, and for how many seconds processes wait for each other then.
     Raises:
         ConfigError: they contradict each other, or the configuration is wrong.
-        EnvironmentMistake: the environment is none that a launcher leaves.
+        UserError: the environment is none that a launcher leaves.
     """
     from lra_config import ConfigError
     from run.program import launched_processes
@@ -197,18 +197,14 @@ def print_evaluation(model: RMAAT) -> None:
 def print_predictions(model: RMAAT, source: str) -> None:
     from predict import bounded_lines, predict
     from run.files import named_os_errors
-    from run.program import OutputLost, print_result
+    from run.program import print_result
 
     name = "standard input" if source == "-" else source
     with contextlib.ExitStack() as stack:
         stack.enter_context(named_os_errors(name))
         lines = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
-        try:
-            for prediction in predict(model, bounded_lines(lines), name):
-                print_result(json.dumps(prediction))
-        except OutputLost as lost:
-            if not lost.reader_gone:  # it has had enough
-                raise
+        for prediction in predict(model, bounded_lines(lines), name):
+            print_result(json.dumps(prediction))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from run.program import log_line
 from tables import markdown
 
 if TYPE_CHECKING:
-    from run.state import Summary
+    from run.checkpoint import Summary
 
 IN_DEFAULT_NAME = {"dataset", "attention_type", "seed"}  # keys that a null run_name spells out
 COLUMNS = {"test accuracy, %": "test_accuracy", "best validation accuracy, %": "best_val_accuracy"}
@@ -81,7 +81,7 @@ def run_sweep(configs: Sequence[Config], *, resume: bool) -> list[Summary]:
         ConfigError: without `resume`, one of the folders already holds a run.
         What `train` raises.
     """
-    from run.state import check_unclaimed
+    from run.checkpoint import check_unclaimed
     from train import train
 
     if not resume:  # before the first run, not hours later

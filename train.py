@@ -24,23 +24,21 @@ from lra_config import Config, ConfigError
 from lra_datasets import open_dataset, training_stages
 from model import RMAAT, autocast_dtype, build_model
 from plots import write_curves
-from run import checkpoint
-from run.files import write_json
-from run.log import RunLog
-from run.processes import ALONE, Processes, current_processes
-from run.program import caught_signals, log_line, shown
-from run.state import (
-    Interrupted,
-    NonFiniteError,
+from run import checkpoint, hub
+from run.checkpoint import (
     Progress,
-    Resumable,
     Summary,
+    TrainingState,
     begin_folder,
     check_unclaimed,
     claimed,
     finished,
     load_state,
 )
+from run.files import write_json
+from run.log import RunLog
+from run.processes import ALONE, Processes, current_processes
+from run.program import UserError, caught_signals, interruption, log_line, shown
 from training.acceleration import (
     BudgetedReplay,
     ExecutionPlan,
@@ -95,7 +93,7 @@ def evaluate(
         slices: counts the correct answers of this process as well.
         score: what scores a batch.
     Raises:
-        NonFiniteError: a logit is not finite.
+        UserError: a logit is not finite.
     """
     training = model.training
     model.eval()
@@ -204,8 +202,8 @@ def train(config: Config, resume: bool = False) -> Summary:
         ConfigError: the folder already holds a run, or the checkpoint is another configuration's.
         DataError: the data are missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
-        NonFiniteError: the loss, a gradient or a logit is not finite.
-        Interrupted: a signal arrived; a checkpoint was saved.
+        UserError: the loss, a gradient or a logit is not finite.
+        UserError: a signal arrived; a checkpoint was saved.
     """
     if resume and (summary := finished(config)) is not None:
         return summary
@@ -306,7 +304,7 @@ def check_processes(config: Config, processes: Processes) -> None:
         )
 
 
-def saved_state(config: Config, resume: bool) -> Resumable | None:
+def saved_state(config: Config, resume: bool) -> TrainingState | None:
     """Load the checkpoint to resume from; None if the run starts anew."""
     last = config.run_dir / "last.pt"
     if not resume:
@@ -369,11 +367,11 @@ def load_initial_weights(model: RMAAT, reader: Reader) -> None:
         model.load_state_dict(start.model)
 
 
-def restore(run: Run, state: Resumable) -> None:
+def restore(run: Run, state: TrainingState) -> None:
     """Restore weights, optimizers, scaler and progress from a checkpoint."""
     with checkpoint.fitting(run.config.run_dir / "last.pt"):
         run.model.load_state_dict(state.model)
-        restore_optimizers(run.optimizers, {k: v.state for k, v in state.optimizer.items()})
+        restore_optimizers(run.optimizers, {k: v["state"] for k, v in state.optimizer.items()})
         if run.scaler.is_enabled() and state.scaler:  # empty after another device's precision
             run.scaler.load_state_dict(state.scaler)
         if run.processes.is_first:  # the sums are those of all processes
@@ -385,7 +383,7 @@ def train_step(run: Run) -> None:
     """Take one optimizer step over the upcoming batches.
 
     Raises:
-        NonFiniteError: the loss or the gradient is not finite; the weights are unchanged.
+        UserError: the loss or the gradient is not finite; the weights are unchanged.
     """
     config, progress, model, batches = run.config, run.progress, run.model, run.upcoming
     seed_step(config.seed, progress.step, run.processes.rank)
@@ -410,7 +408,7 @@ def train_step(run: Run) -> None:
     run.interrupted, run.checkpoint_due = (flag > 0 for flag in flags)  # in any process
     overflow = not math.isfinite(run.gradient_norm) and run.scaler.is_enabled()
     if not math.isfinite(loss) or not (overflow or math.isfinite(run.gradient_norm)):
-        raise NonFiniteError(
+        raise UserError(
             f"step {progress.step + 1}: loss {loss} and gradient norm {run.gradient_norm} at "
             f"learning rate {run.learning_rate:.3g}; {last_checkpoint(config)}; lower "
             "learning_rate or grad_clip"
@@ -442,7 +440,7 @@ def log_step(run: Run, bar: tqdm) -> None:
     progress.train_seconds += seconds
     progress.tokens += int(tokens)
     if run.scaler.is_enabled() and run.scaler.get_scale() < MIN_SCALE:
-        raise NonFiniteError(
+        raise UserError(
             f"step {progress.step}: gradients overflow float16 at every scale; set "
             "precision=float32 or lower learning_rate"
         )
@@ -495,30 +493,29 @@ def evaluate_split(run: Run, split: str, slices: Slices | None = None) -> Metric
 
 
 def save(run: Run) -> None:
-    """Write `last.pt`; with non-finite weights keep the previous one and raise NonFiniteError."""
+    """Write `last.pt`; with non-finite weights keep the previous one and raise UserError."""
     run.saved_at = time.perf_counter()
     run.processes.sum(run.sums)
     if not run.processes.is_first:
         run.sums.zero_()  # the first process holds the sums of all
         return
     if not all(bool(x.isfinite().all()) for x in run.model.state_dict().values()):
-        raise NonFiniteError(
+        raise UserError(
             f"step {run.progress.step}: weights are not finite; {last_checkpoint(run.config)}; "
             "lower learning_rate"
         )
-    checkpoint.save(run.config.run_dir / "last.pt", {
-        **run.model.state(),
-        "optimizer": {name: o.state_dict() for name, o in run.optimizers.items()},
-        "precision": run.model.precision, "scaler": run.scaler.state_dict(),
-        "processes": run.processes.world_size, "progress": dataclasses.asdict(run.progress),
-        "running": run.sums, "data": run.data_digest,
-    })
+    checkpoint.save(run.config.run_dir / "last.pt", TrainingState(
+        **run.model.state(), progress=run.progress, running=run.sums, data=run.data_digest,
+        optimizer={name: o.state_dict() for name, o in run.optimizers.items()},
+        scaler=run.scaler.state_dict(), precision=run.model.precision,
+        processes=run.processes.world_size,
+    ))
 
 
 def leave(run: Run) -> NoReturn:
     """End an interrupted run, whose checkpoint is saved, in all processes alike."""
     number = run.processes.largest(run.signals[0] if run.signals else 0)
-    raise Interrupted(128 + number, run.progress.step)
+    raise interruption(128 + number, run.progress.step)
 
 
 def finish(run: Run) -> Summary:
@@ -556,7 +553,7 @@ def finish(run: Run) -> Summary:
     )
     if run.log is not None:
         values = dataclasses.asdict(summary)
-        checkpoint.export(run.model.state(), config.run_dir, values)
+        hub.export(run.model.state(), config.run_dir, values)
         write_json(config.run_dir / "summary.json", values)
         write_curves(config.run_dir)
         run.log.finish(values)

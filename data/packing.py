@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.tasks import PADDING_ID
 from lra_config import Config
-from run.files import locked, opened, read_json, remove_stale, whole_folder, write_json
+from run.files import locked, read_json, whole_folder, write_json
 from run.program import UserError, one_line
 
 SPLITS = ("train", "val", "test")
@@ -179,7 +179,6 @@ def _load_part(reader: Reader, part: str) -> PackedSplit:
     folder = cache_dir(config) / f"{config.dataset}-{part}-{digest}"
     if not folder.exists():
         with _written(folder, f"the packed {part} split"):
-            remove_stale(folder.parent)
             _pack(reader, part, folder)
     with _read(folder):
         return _read_packed(reader, folder)
@@ -246,7 +245,6 @@ def _read_packed(reader: Reader, folder: Path) -> PackedSplit:
 
 def _mapped(path: Path, dtype: type, dimensions: int) -> np.ndarray:
     """An array in its file: one that claims more than the file holds is refused, not allocated."""
-    opened(path).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         array = np.lib.format.open_memmap(path, mode="r")

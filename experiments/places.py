@@ -15,10 +15,6 @@ from training.acceleration import resolve_device
 from utils import seed_everything
 
 
-class PlaceError(UserError):
-    """A model or data in which no memory is handed on."""
-
-
 def parse_places(program: str, description: str) -> tuple[list[Path], list[str]]:
     """The places and the overrides of a command line."""
     parser = Parser(prog=program, description=description)
@@ -35,7 +31,7 @@ def open_place(place: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[st
     """The model of a finished run's folder, or the start of a configuration's, and its data.
 
     Raises:
-        PlaceError: `place` has no memory that is handed on.
+        UserError: `place` has no memory that is handed on.
     """
     if place.is_dir():
         model = load_trained(place / "model.safetensors", None, single_values(overrides))
@@ -45,7 +41,7 @@ def open_place(place: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[st
         model = build_model(config).to(resolve_device(config)).eval()
     config = model.config
     if config.num_segments == config.num_sequences or not config.num_memory_tokens:
-        raise PlaceError(f"{place}: hands no memory on; name a model of several segments")
+        raise UserError(f"{place}: hands no memory on; name a model of several segments")
     reader = open_dataset(config)
     if place.is_dir():
         reader.tokenizer = tokenizer_of(model)

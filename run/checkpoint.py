@@ -1,194 +1,213 @@
-"""Checkpoints and exported weights: written whole or not at all, read as what they are: input.
+"""A run's folder: its checkpoints, the state to resume from, and its summary.
 
-A file may come from anywhere. Its archive is looked through before torch reads it, its tensors are
-mapped instead of allocated until they are known to fit into it, and a schema says what is where.
+Checkpoints may come from strangers: torch reads them with `weights_only=True`, so that no file can
+run code. Their structure is validated here and their shapes by `load_state_dict`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickletools
+import dataclasses
 import warnings
-import zipfile
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
-from data.tasks import VOCABULARY_WORDS
-from lra_config import Config, make_config
-from run.files import atomic_write, complaint, opened, read_json, write_json
-from run.model_card import model_card
-from run.program import UserError, one_line, shown
+from lra_config import Config, ConfigError, dump_config, load_config, make_config
+from run.files import atomic_write, complaint, locked, read_json, remove
+from run.log import read_metrics
+from run.processes import current_processes
+from run.program import UserError, log_line, one_line, shown
 
-# What the pickle of a checkpoint may name: the plainest of what torch allows.
-ADMITTED = {
-    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
-    "torch DoubleStorage", "torch HalfStorage", "torch BFloat16Storage", "torch LongStorage",
-}
-PICKLE_PROTOCOL = 2
-MAX_PICKLE = 64 * 2**20  # bytes; a vocabulary takes half a megabyte
-MAX_TENSORS = 100_000
-DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64}
+# The files of a run, besides config.yaml and last.pt.
+RUN_FILES = (
+    "metrics.jsonl", "summary.json", "best.pt", "model.safetensors", "config.json", "README.md",
+    "curves.png", "wandb_id",
+)
+SCHEMA = ConfigDict(arbitrary_types_allowed=True, extra="ignore")
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Accuracy = Annotated[float, Field(ge=-1, le=1)]
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that cannot be used, told in one line."""
+    """A checkpoint that cannot be read, or belongs to another model."""
 
     met_by_all = False
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint beside the one at `path`, then put it in its place.
+@validated(config=SCHEMA)
+class Progress:
+    """The counters of a run."""
+
+    step: Count = 0
+    best_val_accuracy: Accuracy = -1.0
+    best_step: Count = 0
+    seconds: Seconds = 0.0  # since the start, evaluations included
+    train_seconds: Seconds = 0.0  # of the steps alone, up to the last line of the log
+    tokens: Count = 0  # real tokens, up to the last line of the log
+    unlogged_seconds: Seconds = 0.0  # since the last line of the log
+    unlogged_examples: Count = 0
+    validation_due: bool = False  # at this step: a signal came before it ended
+
+
+@validated(config=SCHEMA)
+class TrainedModel:
+    """The part of every checkpoint that defines the model."""
+
+    model: dict[str, Tensor]
+    config: dict[str, Any]
+    vocabulary: list[str] | None = None
+
+
+@validated(config=SCHEMA, kw_only=True)
+class Best(TrainedModel):
+    """A `best.pt`: the weights of the best validation so far."""
+
+    step: Count
+    val_accuracy: Annotated[float, Field(ge=0, le=1)]
+
+
+def _by_name(optimizer: Any) -> Any:
+    """Return state_dicts by optimizer; before Muon existed, a checkpoint held AdamW's alone."""
+    alone = isinstance(optimizer, dict) and "param_groups" in optimizer
+    return {"adamw": optimizer} if alone else optimizer
+
+
+@validated(config=SCHEMA, kw_only=True)
+class TrainingState(TrainedModel):
+    """A `last.pt`: everything that an uninterrupted run would have at that step."""
+
+    optimizer: Annotated[dict[str, dict[str, Any]], BeforeValidator(_by_name)]
+    scaler: dict[str, float | int]  # of float16
+    # Checkpoints that do not say were trained in float32.
+    precision: Annotated[str, BeforeValidator(lambda name: name or "float32")] = "float32"
+    processes: Annotated[int, Field(ge=1)]
+    data: str | None = None  # digest of the data; unknown in old checkpoints
+    running: Tensor  # (3,) sums of loss, correct answers and tokens since the last line of the log
+    progress: Progress
+
+
+@dataclasses.dataclass
+class Summary:
+    """The contents of `summary.json`. Accuracies are fractions."""
+
+    dataset: str
+    test_accuracy: float
+    test_loss: float | None  # nats
+    best_val_accuracy: float
+    best_step: int
+    steps: int
+    seconds: float  # of training, validation included
+    tokens_per_second: float  # real tokens of all processes, validation excluded
+    peak_memory_mib: float  # of the first process
+    parameters: int
+    seed: int
+    processes: int
+    hardware: str
+    data: str  # origin of the data: downloaded, generated, incomplete, unknown or a substitute
+    examples: dict[str, int]  # per split
+    skipped: int  # examples whose file is empty
+    command: str
+    versions: dict[str, str]  # when the run was started or resumed
+    # Of the test split; summaries of older versions lack the fields from here on.
+    test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    precision: str = ""
+    expected: dict[str, float | None] = field(default_factory=dict)  # announced before training
+
+
+def save(path: Path, state: TrainedModel | dict[str, Any]) -> None:
+    """Replace the checkpoint at `path`.
 
     Raises:
-        CheckpointError: it could not be written; what stood at `path` is still there.
+        CheckpointError: it could not be written; the former one is unchanged.
     """
+    if isinstance(state, TrainingState):
+        values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+        state = {**values, "progress": dataclasses.asdict(state.progress)}
     try:
         with atomic_write(path) as handle:
             torch.save(state, handle)
-    # torch's zip writer covers the OSError of a full disk with a RuntimeError of its own.
+    # torch hides the OSError of a full disk behind a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        kept = "the previous checkpoint is kept" if path.exists() else "no checkpoint exists yet"
+        previous = "the previous checkpoint is kept" if path.exists() else "no checkpoint exists"
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise CheckpointError(f"{path}: could not be written ({reason}); {kept}") from error
+        raise CheckpointError(f"{path}: could not be written ({reason}); {previous}") from error
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    if type(tensor) is not Tensor or tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-        raise ValueError("is no plain tensor")
-    if tensor.device.type == "meta" or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ValueError("is larger than what is stored of it")
-    return tensor
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise CheckpointError for any error of a reader of `path`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = one_line(lines[0], 120)
+        if isinstance(error, ValidationError):
+            reason = complaint(error)
+        elif "weights_only" in str(error):  # torch advises to load the file unsafely
+            reason = "it holds more than tensors and plain values"
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({reason}); name another one, or remove it"
+        ) from None
 
 
-PlainTensor = Annotated[InstanceOf[Tensor], AfterValidator(_plain)]
-
-
-class Trained(BaseModel):
-    """What brings a model back, as `RMAAT.state` lays it out; other keys are left out."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    model: Annotated[dict[str, PlainTensor], Field(max_length=MAX_TENSORS)]
-    config: Annotated[dict[str, Any], Field(max_length=1000)]
-    vocabulary: Annotated[list[str], Field(max_length=VOCABULARY_WORDS)] | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that it holds, by a name for messages."""
-        return self.model
-
-
-Schema = TypeVar("Schema", bound=Trained)
-
-
-def read(path: Path, schema: type[Schema] = Trained) -> Schema:
-    """Read a checkpoint, or a `.safetensors` file and the `config.json` beside it.
+def load(path: Path) -> dict[str, Any]:
+    """Return the contents of a checkpoint on the CPU.
 
     Raises:
-        CheckpointError: there is none at `path`, it is none of that schema, or a number in it is
-            not finite.
+        CheckpointError: there is none at `path`, or it is damaged.
     """
-    contents = _exported(path) if path.suffix == ".safetensors" else load(path)
-    with _told_as_unreadable(path):
-        state = schema.model_validate(contents)
-        tensors = state.tensors()
-        if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
-            raise ValueError("its tensors are larger than the file")
-        for name, tensor in tensors.items():
+    with readable(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about foreign pickles
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path: Path, schema: type[TrainedModel] = TrainedModel) -> Any:
+    """Read a checkpoint, or a `.safetensors` file with the `config.json` next to it.
+
+    Args:
+        path: of the file.
+        schema: the part of it to return.
+    Returns:
+        An instance of `schema`.
+    Raises:
+        CheckpointError: there is none, it has another structure, or a weight is not finite.
+    """
+    if path.suffix == ".safetensors":
+        with readable(path):
+            weights = safetensors.torch.load_file(path)
+        config_path = path.with_name("config.json")
+        with readable(config_path):
+            values = read_json(config_path, TypeAdapter(dict[str, Any]))
+        contents = {"model": weights, "vocabulary": values.pop("vocabulary", None),
+                    "config": values}
+    else:
+        contents = load(path)
+    with readable(path):
+        state = TypeAdapter(schema).validate_python(contents)
+        for name, tensor in state.model.items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
     return state
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, on the CPU and mapped from the file; `read` knows its parts.
-
-    Raises:
-        CheckpointError: there is none at `path`, or it is damaged.
-    """
-    with _told_as_unreadable(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what a hostile pickle makes torch compare
-        _look_through(path)
-        # Mapped: a tensor that claims to be larger than its storage is refused, not allocated.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _exported(path: Path) -> dict[str, Any]:
-    config_path = path.with_name("config.json")
-    with _told_as_unreadable(path):
-        opened(path).close()
-        weights = safetensors.torch.load_file(path)
-    if not config_path.exists():
-        raise CheckpointError(
-            f"{config_path}: missing; weights as safetensors need the config.json of their run "
-            "beside them"
-        )
-    with _told_as_unreadable(config_path):
-        values = read_json(config_path, TypeAdapter(dict[str, Any]))
-    return {"model": weights, "vocabulary": values.pop("vocabulary", None), "config": values}
-
-
-@contextlib.contextmanager
-def _told_as_unreadable(path: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever a damaged archive or pickle makes its reader raise."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except Exception as error:
-        reason = complaint(error) if isinstance(error, ValidationError) else _reason(error)
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({reason}); name another one, or remove it to "
-            "start anew"
-        ) from None
-
-
-def _look_through(path: Path) -> None:
-    """Raise ValueError if the file is no archive of stored records with a harmless pickle."""
-    size = path.stat().st_size
-    with opened(path) as handle, zipfile.ZipFile(handle) as archive:
-        records = archive.infolist()
-        names = [record.filename for record in records]
-        if len(set(names)) < len(names) or any(r.compress_type for r in records):
-            raise ValueError("its records are packed as no checkpoint's are")
-        if sum(record.file_size for record in records) > size:
-            raise ValueError("its records are larger than the file")
-        pickles = [record for record in records if record.filename.endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
-            raise ValueError("it holds no data.pkl of a checkpoint's size")
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            if opcode.name == "PROTO" and argument != PICKLE_PROTOCOL:
-                raise ValueError(f"its pickle is of protocol {argument}")
-            if opcode.name == "STACK_GLOBAL" or (
-                "GLOBAL" in opcode.name and argument not in ADMITTED
-            ):
-                raise ValueError(f"it asks for {shown(argument)}, which no checkpoint holds")
-
-
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Say in one line that what was read from `path` is another model's.
+    """Raise CheckpointError where the contents of `path` do not fit the model they are loaded into.
 
     Raises:
-        CheckpointError: in the place of whatever `load_state_dict` raises.
+        CheckpointError: in place of the error of `load_state_dict`.
     """
     try:
         yield
@@ -200,54 +219,111 @@ def fitting(path: Path) -> Iterator[None]:
         ) from None
 
 
-def export(state: dict[str, Any], folder: Path, summary: dict[str, Any] | None) -> None:
-    """Write what `RMAAT.from_pretrained(folder)` reads and a model card, `README.md`, of it.
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Reserve a run's folder for this process while the body runs.
 
-    `config.json` holds the configuration, less what concerns this machine alone, and at the word
-    level the vocabulary.
+    The folder is created if it is missing, and removed afterwards if it is empty.
 
-    Args:
-        state: as `RMAAT.state` lays it out.
-        summary: of the finished run that the weights are from, if any; `summary.json` itself is the
-            caller's, as with it a run is finished.
-    """
-    weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
-    with atomic_write(folder / "model.safetensors") as handle:
-        handle.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    local = Config.keys("local")
-    values = {key: value for key, value in state["config"].items() if key not in local}
-    if state["vocabulary"] is not None:
-        values["vocabulary"] = state["vocabulary"]
-    write_json(folder / "config.json", values)
-    with atomic_write(folder / "README.md", "w") as handle:
-        handle.write(model_card(make_config(state["config"]), summary))
-
-
-def load_summary(source: str, **hub: Any) -> dict[str, Any] | None:
-    """The `summary.json` of a folder or of a model on the Hugging Face Hub; None without one.
-
-    Args:
-        hub: how to reach it, as `hf_hub_download` takes it.
     Raises:
-        CheckpointError: it is damaged.
+        UserError: another process trains there.
     """
-    path = Path(source) / "summary.json"
-    if not Path(source).is_dir():
-        try:
-            path = Path(hf_hub_download(source, "summary.json", **hub))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            return None
-    if not path.exists():
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / "run.lock", "trains there", ", or set another run_name"):
+            for stale in folder.glob("*.part"):  # of a process that was killed
+                remove(stale)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                path.rmdir()
+
+
+def check_unclaimed(config: Config) -> None:
+    """Raise ConfigError if the run's folder already holds a checkpoint."""
+    if (config.run_dir / "last.pt").exists():
+        raise ConfigError(
+            f"{config.run_dir} holds a checkpoint; add --resume to go on from it, or set another "
+            "run_name"
+        )
+
+
+def load_state(config: Config) -> TrainingState:
+    """Return the state in the run's `last.pt`, on the CPU.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another configuration or number of processes.
+        CheckpointError: it cannot be read.
+    """
+    last, best = config.run_dir / "last.pt", config.run_dir / "best.pt"
+    state = read(last, TrainingState)
+    check_resumable(config, make_config(state.config, str(last)), last)
+    progress, present = state.progress, current_processes().world_size
+    if progress.step > config.max_steps:
+        raise CheckpointError(
+            f"{last}: stands at step {progress.step} of max_steps={config.max_steps}; set another "
+            "run_name"
+        )
+    if state.processes != present:
+        raise ConfigError(
+            f"{last} was saved by {state.processes} processes, these are {present}; resume with "
+            "as many"
+        )
+    if best.exists():
+        # It may be newer than last.pt, and it is what the run tests in the end.
+        saved = read(best, Best)
+        progress.best_val_accuracy, progress.best_step = saved.val_accuracy, saved.step
+    elif progress.best_step:
+        log_line(f"{best}: missing; the best weights are chosen from here on")
+        progress.best_val_accuracy, progress.best_step = -1.0, 0
+    return state
+
+
+def check_resumable(config: Config, saved: Config, path: Path) -> None:
+    """Raise ConfigError if a key differs from `path` that must not change within a run."""
+    may_change = Config.keys("may_change")
+    for key in Config.model_fields:
+        ours, theirs = getattr(config, key), getattr(saved, key)
+        if key not in may_change and ours != theirs:
+            raise ConfigError(
+                f"{key}={shown(ours)} but {path} was saved with {key}={shown(theirs)}; "
+                "resume with the same value, or set another run_name"
+            )
+
+
+def begin_folder(config: Config, *, anew: bool) -> None:
+    """Write the configuration into the run's folder.
+
+    Args:
+        config: the run.
+        anew: remove the files of an earlier run.
+    Raises:
+        UserError: the log of the run to resume is damaged.
+    """
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    if anew:
+        for name in RUN_FILES:
+            (config.run_dir / name).unlink(missing_ok=True)
+    elif (config.run_dir / "metrics.jsonl").exists():
+        read_metrics(config.run_dir)
+    with atomic_write(config.run_dir / "config.yaml", "w") as handle:
+        handle.write(dump_config(config))
+
+
+def finished(config: Config) -> Summary | None:
+    """Return the summary of the run in `config.run_dir`, or None if it has not ended.
+
+    Raises:
+        ConfigError: the finished run has another configuration.
+    """
+    try:
+        summary = read_json(config.run_dir / "summary.json", TypeAdapter(Summary))
+    except (OSError, ValueError):  # missing, or of another version: test again
         return None
-    with _told_as_unreadable(path):
-        return read_json(path, TypeAdapter(dict[str, Any]))
-
-
-def _reason(error: Exception) -> str:
-    """What an error says; torch's unpickler speaks of its options, which are not the reader's."""
-    if isinstance(error, OSError):
-        return error.strerror or "not readable"
-    text = str(error).strip()
-    if not text or "weights_only" in text or "Weights only" in text:
-        return "its pickle is damaged"
-    return one_line(text.splitlines()[0], 100)
+    if summary.steps < config.last_step and not config.reached(summary.best_val_accuracy):
+        return None
+    path = config.run_dir / "config.yaml"
+    check_resumable(config, load_config(path), path)
+    return summary

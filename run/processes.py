@@ -1,4 +1,4 @@
-"""Several processes on one run, as `torchrun` starts them; one process needs nothing of it."""
+"""Several processes on one run, as `torchrun` starts them."""
 
 from __future__ import annotations
 
@@ -19,58 +19,49 @@ Result = TypeVar("Result")
 TIMEOUT_SECONDS = 10_800  # one process packs a data set while the others wait
 
 
-class ProcessLost(UserError):
-    """Another process of the run has ended, or does not answer within `TIMEOUT_SECONDS`."""
-
-    met_by_all = False
-
-
 @contextlib.contextmanager
-def _meeting() -> Iterator[None]:
-    """Raise ProcessLost for what a backend raises where processes do not meet."""
+def _communication() -> Iterator[None]:
+    """Raise UserError where another process of the run has ended or does not answer."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError) as error:  # gloo's have no class of their own
-        raise ProcessLost(
-            f"the processes of this run no longer meet ({one_line(error, 120)}); what the others "
-            "say tells why, --resume goes on from the last checkpoint"
+    except (RuntimeError, ValueError) as error:  # gloo has no error class of its own
+        raise UserError(
+            f"the processes of this run no longer meet ({one_line(error, 120)}); see the messages "
+            "of the others, --resume goes on from the last checkpoint", alone=True,
         ) from error
-
-
-class FirstProcessFailed(UserError):
-    """The first process met an error and says which; the others only end."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of the run."""
+    """The rank of this process among the `world_size` processes of the run."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes files and to the terminal."""
+        """Whether this process writes files and to the terminal."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes, in place."""
+        """Add up `values` over all processes, in place."""
         if self.world_size > 1:
             _reduce(values)
         return values
 
     def largest(self, value: int) -> int:
-        """The largest `value` of all processes."""
+        """Return the largest `value` of all processes."""
         values = torch.tensor(value)
         if self.world_size > 1:
             _reduce(values, dist.ReduceOp.MAX)
         return int(values)
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         if self.world_size > 1:
-            with _meeting():
+            with _communication():
                 dist.barrier()
 
     def average_gradients(self, parameters: Sequence[Tensor], extra: Tensor) -> Tensor:
@@ -78,7 +69,7 @@ class Processes:
 
         Args:
             parameters: all with a gradient, the same ones in every process.
-            extra: (k,) values that travel with them.
+            extra: (k,) values that are averaged with them.
         Returns:
             The means (k,) of `extra`.
         """
@@ -94,10 +85,10 @@ class Processes:
         return parts[-1]
 
     def first_alone(self, work: Callable[[], Result]) -> Result:
-        """Call `work` in the first process, then in the others, which find what it left.
+        """Call `work` in the first process, then in the others, which find its files.
 
         Raises:
-            FirstProcessFailed: in the others, when `work` failed in the first.
+            UserError: in the others, if `work` failed in the first, which reports it.
         """
         if self.world_size == 1:
             return work()
@@ -108,18 +99,17 @@ class Processes:
             except Exception as error:
                 failure = error
         failed = [failure is not None]
-        with _meeting():
+        with _communication():
             dist.broadcast_object_list(failed, src=0)
         if failure is not None:
             raise failure
         if failed[0]:
-            raise FirstProcessFailed
+            raise UserError("the first process failed")
         return result if self.is_first else work()
 
 
-@_meeting()
+@_communication()
 def _reduce(values: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
-    """Reduce `values` over all processes, in place."""
     dist.all_reduce(values, operation)
 
 
@@ -127,7 +117,7 @@ ALONE = Processes()
 
 
 def current_processes() -> Processes:
-    """Those that `joined_processes` joined; one alone outside of it."""
+    """Return the processes that `joined_processes` joined, or this one alone."""
     return Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
@@ -136,7 +126,7 @@ def joined_processes() -> Iterator[None]:
     """Join the processes that `torchrun` started: NCCL for CUDA tensors, gloo for the CPU's.
 
     Raises:
-        ProcessLost: they do not meet.
+        UserError: not all of them arrive.
     """
     launched = launched_processes()
     if launched.world_size == 1:
@@ -151,7 +141,7 @@ def joined_processes() -> Iterator[None]:
     # `destroy_process_group`, and a thread that outlives the interpreter aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
 
-    with _meeting():
+    with _communication():
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the others

@@ -1,13 +1,11 @@
-"""The frame of every command: errors in one line, signals, processes and the terminal."""
+"""The frame of every command: errors in one line, exit statuses, signals and the terminal."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
-import logging
 import os
-import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,73 +13,49 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 LINE_LENGTH = 400  # characters of a message
-VALUE_LENGTH = 100  # of one value in it
-LONGEST_INTEGER = 10**30
+VALUE_LENGTH = 100  # characters of a value in a message
 
 
 def one_line(text: object, limit: int = LINE_LENGTH) -> str:
-    """`text` on one line of at most `limit` characters: its beginning and its end.
-
-    What is not printable is escaped, so that no terminal takes it for a command.
-    """
-    line = str(text)
-    if len(line) > 2 * limit:  # of megabytes only the ends are looked at
-        line = f"{line[:limit]}\N{HORIZONTAL ELLIPSIS}{line[-limit:]}"
-    line = printable(" ".join(line.split()))
+    """Return `text` on one printable line; beyond `limit` characters its middle is cut out."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     if len(line) > limit:
         tail = (limit - 3) // 2
         line = f"{line[: limit - 3 - tail]}...{line[-tail:]}"
     return line
 
 
-def printable(text: str) -> str:
-    """`text` with its control characters, marks of direction and broken code points escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def shown(value: object) -> str:
-    """A value as a message shows it: its `repr`, whatever its size and depth, cut."""
-    return one_line(_REPR.repr(value), VALUE_LENGTH)
-
-
-class _BoundedRepr(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 3
-        self.maxstring = self.maxother = VALUE_LENGTH
-
-    def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to write out integers of thousands of digits.
-        if abs(value) < LONGEST_INTEGER:
-            return repr(value)
-        return f"an integer of {value.bit_length()} bits"
-
-
-_REPR = _BoundedRepr()
+    """Return the `repr` of a value for a message."""
+    return one_line(repr(value), VALUE_LENGTH)
 
 
 class UserError(Exception):
-    """What a user can mend, told in one line: it ends a program in the place of a traceback."""
+    """A mistake that the user can correct: a command ends with one line and `exit_status`."""
 
-    exit_status = 2
-    met_by_all = True  # of several processes each meets it alike: the first one tells
+    met_by_all = True  # every process of a run meets it, so that the first one reports it
+
+    def __init__(self, message: object = "", *, exit_status: int = 2, alone: bool = False) -> None:
+        """Store the message.
+
+        Args:
+            message: what is wrong and how to correct it.
+            exit_status: of the command.
+            alone: one process of several meets it, and reports it whichever it is.
+        """
+        super().__init__(message)
+        self.exit_status = exit_status
+        if alone:
+            self.met_by_all = False
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
-REQUIRED = ("RANK", "LOCAL_RANK", "MASTER_PORT")
-
-
-class EnvironmentMistake(UserError, ValueError):
-    """An environment that no launcher leaves, told in one line."""
-
-
 @dataclass(frozen=True)
 class Launched:
-    """A process's place among those that were started together, on all machines and on its own."""
+    """The rank of a process and the number of processes, on all machines and on this one."""
 
     rank: int = 0
     world_size: int = 1
@@ -90,74 +64,52 @@ class Launched:
 
 
 def launched_processes() -> Launched:
-    """This process's place; one alone where WORLD_SIZE does not say otherwise.
+    """Return what the launcher (`torchrun`) says of this process; rank 0 of 1 without a launcher.
 
     Raises:
-        EnvironmentMistake: the variables are not those that a launcher sets.
+        UserError: the environment variables are not those that a launcher sets.
     """
-    world_size = _number("WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
-    if world_size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return Launched()
-    for name in (*REQUIRED, "MASTER_ADDR"):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise EnvironmentMistake(
-                f"WORLD_SIZE={world_size} without {name} in the environment; start the processes "
+            raise UserError(f"WORLD_SIZE is set without {name}; start the processes with torchrun")
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name, "1" if name == "LOCAL_WORLD_SIZE" else "")
+        if not (text.isascii() and text.isdigit()):
+            raise UserError(
+                f"{name}={shown(text)} in the environment is not a number; start the processes "
                 "with torchrun, or unset WORLD_SIZE"
             )
-    rank, local_rank, _ = (_number(name) for name in REQUIRED)
-    if rank >= world_size:
-        raise EnvironmentMistake(
-            f"RANK={rank} in the environment, of {world_size} processes; start them with torchrun"
+        numbers[name.lower()] = int(text)
+    launched = Launched(**numbers)
+    if launched.rank >= launched.world_size:
+        raise UserError(
+            f"RANK={launched.rank} in the environment, of {launched.world_size} processes; start "
+            "them with torchrun"
         )
-    on_this_machine = "LOCAL_WORLD_SIZE"
-    return Launched(
-        rank, world_size, local_rank,
-        _number(on_this_machine, least=1) if on_this_machine in os.environ else 1,
-    )
-
-
-def _number(name: str, least: int = 0) -> int:
-    text = os.environ[name]
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
-        raise EnvironmentMistake(
-            f"{name}={shown(text)} in the environment is no number from {least} up; start the "
-            f"processes with torchrun, or unset {name}"
-        )
-    return int(text)
-
-
-class OutputLost(UserError):
-    """A result could not be written to standard output."""
-
-    met_by_all = False
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(f"standard output: {error.strerror}; what was asked for is not written")
-        self.reader_gone = isinstance(error, BrokenPipeError)
+    return launched
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all of them, before they have joined too."""
+    """Return whether this is the process that writes to the terminal, by its environment."""
     return launched_processes().rank == 0
 
 
 def log_line(text: str) -> None:
-    """Print lines without breaking a progress bar; of several processes the first one does.
+    """Print lines above a progress bar, in the first process.
 
-    Where standard output is closed or full, that is told once and the work goes on: no training
-    ends because nobody reads its log any more.
+    A training does not end because its output is no longer read.
     """
-    if not is_first_process():
-        return
-    from tqdm import tqdm  # here: the rest of this file does without packages, as its users do
+    if is_first_process():
+        from tqdm import tqdm  # here: commands that only check their arguments stay fast
 
-    try:
-        tqdm.write("\n".join(map(printable, text.splitlines())))
-        sys.stdout.flush()
-    except OSError as error:
-        discard_output()
-        with contextlib.suppress(OSError):
-            print(f"standard output: {error.strerror}; the run goes on without", file=sys.stderr)
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            discard_output()
 
 
 _noted: set[str] = set()
@@ -171,139 +123,113 @@ def note(text: str) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print what a command was called for.
-
-    Raises:
-        OutputLost: it cannot be written, or nobody reads it any more.
-    """
-    try:
-        print(text)
-        sys.stdout.flush()
-    except OSError as error:
-        discard_output()
-        raise OutputLost(error) from None
+    """Print the result of a command, at once."""
+    print(text, flush=True)
 
 
 def discard_output() -> None:
-    """Let standard output take what is left to be written to it, and all to come."""
+    """Send standard output to the null device, after its reader has closed the pipe."""
     null = os.open(os.devnull, os.O_WRONLY)
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, sys.stdout.fileno())
     os.close(null)
 
 
-def open_standard_streams() -> None:
-    """Make the three standard streams safe to use, whatever the caller left of them.
-
-    One that is closed would give its number to the next file that is opened, and what is printed
-    would end up in that file. In its place stands one that fails as a closed one does; to a closed
-    standard error nothing can be told, it takes all. What an encoding lacks is escaped.
-    """
-    stand_ins = (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY),
-                 ("stderr", "w", os.O_WRONLY))
-    for number, (name, mode, access) in enumerate(stand_ins):
-        stream = getattr(sys, name)
-        if stream is None:
-            null = os.open(os.devnull, access)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-            setattr(sys, name, open(number, mode, closefd=False))
-        elif mode == "w" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+class Terminated(BaseException):
+    """SIGTERM as an exception, the counterpart of KeyboardInterrupt."""
 
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Handler = Callable | int | None
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception that passes through everything, as KeyboardInterrupt does."""
-
-
 def end_at_once(program: str) -> None:
-    """Let either signal end the program with one line: while libraries load nothing is open."""
+    """Let SIGINT and SIGTERM end the program with one line, while it imports its libraries."""
 
     def leave(number: int, _frame: object) -> NoReturn:
         os.write(2, f"{program}: {signal.Signals(number).name}, nothing done yet\n".encode())
         os._exit(128 + number)
 
-    _set(leave)
+    for number in ENDING_SIGNALS:
+        signal.signal(number, leave)
 
 
 def end_by_exception() -> None:
-    """Let SIGINT raise KeyboardInterrupt and SIGTERM `Terminated`: half-written files go."""
+    """Let SIGINT raise KeyboardInterrupt and SIGTERM `Terminated`."""
 
     def leave(_number: int, _frame: object) -> NoReturn:
         raise Terminated
 
-    _set(signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, leave)
-
-
-def _set(handler: Handler) -> None:
-    for number in NUMBERS:
-        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def caught_signals(then: Callable[[int], object] = lambda number: None) -> Iterator[list[int]]:
-    """Collect the first signal instead of dying of it; the second one is not held back.
+    """Collect the first SIGINT or SIGTERM; the second one has its former effect.
 
     Args:
-        then: called with the number of each signal that arrives.
+        then: called with the number of each signal.
     Yields:
         The numbers received so far.
     """
     received: list[int] = []
     previous: dict[int, Handler] = {}
 
-    def note(number: int, frame: object) -> None:
+    def collect(number: int, frame: object) -> None:
         received.append(number)
         then(number)
         if len(received) > 1 and callable(previous[number]):
             previous[number](number, frame)
 
     try:
-        for number in NUMBERS:
-            with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
-                previous[number] = signal.signal(number, note)
+        for number in ENDING_SIGNALS:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                previous[number] = signal.signal(number, collect)
         yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+def interruption(status: int, step: int) -> UserError:
+    """Return the error that ends a training with exit status 128 + the signal's number."""
+    name = signal.Signals(status - 128).name
+    return UserError(
+        f"{name} at step {step}; checkpoint saved; go on with --resume", exit_status=status
+    )
+
+
 ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or name another"),
-    errno.EISDIR: "name a file",
-    errno.ENOENT: "name one that exists",
+    errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
+    errno.EACCES: "make it writable or name another", errno.EROFS: "name another",
+    errno.EISDIR: "name a file", errno.ENOENT: "name one that exists",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, without the usage text."""
+    """An argument parser that reports a wrong argument in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f"{self.prog}: {message}; see --help") + "\n")
 
 
 def run_program(name: str, body: Callable[[], int | None]) -> int:
-    """Carry out a command and return its exit status.
+    """Run a command and return its exit status.
 
-    What `body` returns, or 0; for what the user can mend 2, or what the error says, with one line
-    on standard error; 130 and 143 after SIGINT and SIGTERM.
+    Returns:
+        What `body` returns, or 0; 2 for an error that the user can correct, or what the error
+        says, after one line on standard error; 130 after SIGINT, 143 after SIGTERM.
     """
-    open_standard_streams()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its cache in a read-only HOME
     try:
         return body() or 0
     except UserError as error:
         return fail(name, error, error.exit_status, by_all=error.met_by_all)
+    except BrokenPipeError:  # the reader of the output needs no more of it
+        discard_output()
+        return 0
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
-        advice = ADVICE.get(error.errno, "see that it is there, and that it may be used")
+        advice = ADVICE.get(error.errno, "check that it exists and can be used")
         return fail(name, f"{reason}; {advice}", 2, by_all=False)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
@@ -312,12 +238,7 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
 
 
 def fail(name: str, reason: object, exit_status: int, *, by_all: bool = True) -> int:
-    """Say why, once: of several processes that all fail alike (`by_all`) the first one speaks."""
-    try:
-        speaks = is_first_process() or not by_all
-    except UserError:  # of the environment, which is the reason then
-        speaks = True
-    if speaks:
-        with contextlib.suppress(OSError):  # nobody reads it
-            print(one_line(f"{name}: {reason}"), file=sys.stderr)
+    """Print the reason; of several processes that all fail (`by_all`) only the first one does."""
+    if not by_all or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        print(one_line(f"{name}: {reason}"), file=sys.stderr)
     return exit_status

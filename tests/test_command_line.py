@@ -105,8 +105,10 @@ def test_wandb_is_not_imported_unless_asked_for(tmp_path, listops_dir, monkeypat
 
 
 def test_wandb_offline_leaves_a_run_to_be_sent_later(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir, wandb=True, wandb_mode="offline")
-    result = finished(start_process("run_train.py", "--config", path, cwd=tmp_path))
+    path = write_config(tmp_path, listops_dir, wandb=True)
+    result = finished(start_process(
+        "run_train.py", "--config", path, cwd=tmp_path, env={"WANDB_MODE": "offline"}
+    ))
     assert result.returncode == 0, result.stderr
     assert "wandb" not in result.stdout + result.stderr
     run_id = (tmp_path / "runs/run/wandb_id").read_text()
@@ -450,7 +452,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     build_model(tiny_config(num_layers=1)).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "num_layers": 2}))
-    with pytest.raises(RuntimeError, match=r"layers\.1"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"another model"):
         RMAAT.from_pretrained(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors.*another model"):
         predict.load_trained(tmp_path / "model.safetensors")

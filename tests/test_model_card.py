@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, hub_mixin
 
 from model import RMAAT, build_model
 from run import checkpoint
-from run.model_card import model_card
+from run.hub import model_card
 from train import train
 
 COMMITTED = ROOT / "results/listops/rmaat"

@@ -60,18 +60,12 @@ def resolve_device(config: Config) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-class OutOfMemory(UserError):
-    """The device has no memory left for the run."""
-
-    met_by_all = False
-
-
 @contextlib.contextmanager
 def reported_out_of_memory() -> Iterator[None]:
     """Report in one line that the memory of the device, or of the machine, did not suffice.
 
     Raises:
-        OutOfMemory: in place of torch's OutOfMemoryError, of the RuntimeError of its allocator on
+        UserError: in place of torch's OutOfMemoryError, of the RuntimeError of its allocator on
             the CPU, and of numpy's MemoryError.
     """
     try:
@@ -85,7 +79,7 @@ def reported_out_of_memory() -> Iterator[None]:
         message, _, _ = message.partition(" GPU ")  # the layout of the allocator's memory
         message = message.strip().splitlines()[0].partition(". Error code")[0].rstrip(".")
         advice = "lower batch_size and raise accumulate, or raise num_segments"
-        raise OutOfMemory(f"{message}; {advice}") from error
+        raise UserError(f"{message}; {advice}", alone=True) from error
 
 
 class ExecutionPlan(NamedTuple):

@@ -26,7 +26,7 @@ from dataloader import Batch
 from lra_config import Config
 from model import RMAAT, autocast_dtype
 from run.processes import ALONE, Processes
-from run.state import NonFiniteError
+from run.program import UserError
 from training.acceleration import activation_bytes
 from utils import hardware
 
@@ -130,7 +130,7 @@ def flop_per_token(model: RMAAT, batch: Batch) -> float | None:
 
 
 def check_finite(model: RMAAT, failed: int, what: str) -> None:
-    """Raise NonFiniteError if logits of a validation, a test or a prediction are not finite.
+    """Raise UserError if logits of a validation, a test or a prediction are not finite.
 
     Args:
         failed: the number of examples with such logits.
@@ -142,7 +142,7 @@ def check_finite(model: RMAAT, failed: int, what: str) -> None:
     advice = "lower learning_rate and train again, or name another checkpoint"
     if lower is not None:
         advice = f"set precision=float32 instead of {str(lower).removeprefix('torch.')}"
-    raise NonFiniteError(f"{what}: the logits of {failed:,} are not finite; {advice}")
+    raise UserError(f"{what}: the logits of {failed:,} are not finite; {advice}")
 
 
 class Share(TypedDict):

@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, refusal, tiny_config
-from fuzzing import damaged, number_of_inputs, search
 from test_readers import small_config, write_imdb
 
 from data.packing import load_splits
 from lra_datasets import open_dataset
-from run.files import locked
 
 
 @pytest.fixture
@@ -198,16 +196,6 @@ def test_three_processes_generate_once(tmp_path):
     assert [p.name for p in (tmp_path / "lra_release").iterdir()] == ["listops-1000"]
 
 
-def test_what_killed_processes_left_is_removed_and_what_is_in_work_is_not(data):
-    cache = data / ".cache"
-    shutil.rmtree(packed(data))
-    for name in ("old-train-0.part", "imdb-words-0.json.part", "busy-train-0.part"):
-        (cache / name).mkdir()
-    with locked(cache / "busy-train-0.lock", "packs it"):
-        load(data)
-        assert sorted(p.name for p in cache.glob("*.part")) == ["busy-train-0.part"]
-
-
 def test_a_folder_that_cannot_be_written_is_named_with_what_helps(data, monkeypatch):
     shutil.rmtree(data / ".cache")
 
@@ -217,41 +205,6 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_helps(data, monkeypa
     monkeypatch.setattr(Path, "mkdir", refuse)
     line = refusal(load, data)
     assert str(data / ".cache") in line and "make it writable" in line
-
-
-@number_of_inputs
-@pytest.mark.parametrize("name", ["info.json", "labels.npy", "lengths.npy", "tokens.npy"])
-def test_mutated_caches_are_read_or_refused(name, inputs, data):
-    """What is read is whole: every document in range, every label a class."""
-    path = packed(data) / name
-    valid = path.read_bytes()
-
-    def read(content: bytes) -> None:
-        path.unlink()
-        path.write_bytes(content)
-        split = load(data)["val"]
-        assert len(split) == len(split.starts) == len(split.lengths)
-        assert int((split.starts + split.lengths).max()) == len(split.tokens)
-        assert 0 <= split.labels.min() and split.labels.max() < 10
-        assert 1 <= split.tokens.min() and split.tokens.max() < 16
-
-    search(read, damaged(valid), inputs)
-
-
-@number_of_inputs
-def test_mutated_word_lists_are_read_or_refused(inputs, tmp_path):
-    write_imdb(tmp_path)
-    config = small_config("imdb", tmp_path)
-    open_dataset(config)
-    (path,) = (tmp_path / ".cache").glob("imdb-words-*.json")
-    valid = path.read_bytes()
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        words = open_dataset(config).tokenizer.vocabulary
-        assert words and all(isinstance(word, str) for word in words)
-
-    search(read, damaged(valid), inputs)
 
 
 def test_a_packed_part_survives_its_own_check(data):

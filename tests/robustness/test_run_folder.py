@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, nothing left of killed ones, garbage told in one line."""
+"""A run's folder has one writer; after a kill or a signal the resumed run equals a full one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused, run_cli, tiny_config, write_config
+from conftest import (
+    ROOT,
+    assert_refused,
+    finished,
+    run_cli,
+    start_process,
+    tiny_config,
+    wait_for,
+    write_config,
+)
+from test_distributed import free_port
 from test_train import assert_same_outcome
 
 import train as train_module
 from run import checkpoint
-from run.files import Held, locked, remove_stale
-from run.state import Interrupted, claimed
+from run.checkpoint import claimed
+from run.files import locked
+from run.program import UserError, launched_processes
 from train import train
 
 HOLD = "import sys\nfrom run.files import locked\nwith locked(sys.argv[1], 'works there'):\n" \
@@ -24,7 +35,7 @@ HOLD = "import sys\nfrom run.files import locked\nwith locked(sys.argv[1], 'work
 
 
 def holder(path: Path) -> subprocess.Popen:
-    """Another process that holds the lock until its standard input ends."""
+    """Start a process that holds the lock until its standard input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -33,10 +44,10 @@ def holder(path: Path) -> subprocess.Popen:
     return process
 
 
-# One process at a time
+# One writer
 
 
-def test_a_second_run_in_a_folder_says_who_is_there(tmp_path, listops_dir):
+def test_a_second_run_in_a_folder_is_refused_and_names_the_first(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
     (tmp_path / "runs/run").mkdir(parents=True)
     other = holder(tmp_path / "runs/run/run.lock")
@@ -44,7 +55,7 @@ def test_a_second_run_in_a_folder_says_who_is_there(tmp_path, listops_dir):
         result = run_cli("--config", path, *extra, cwd=tmp_path)
         assert_refused(result, f"process {other.pid} on", "set another run_name")
     assert os.listdir(tmp_path / "runs/run") == ["run.lock"]
-    other.kill()  # no clean-up: the operating system gives the lock back
+    other.kill()  # without clean-up: the operating system releases the lock
     other.wait()
     assert run_cli("--config", path, cwd=tmp_path).returncode == 0
     assert not (tmp_path / "runs/run/run.lock").exists()
@@ -53,41 +64,39 @@ def test_a_second_run_in_a_folder_says_who_is_there(tmp_path, listops_dir):
 def test_a_waiting_process_gets_the_lock_when_its_holder_ends(tmp_path, capsys):
     path = tmp_path / "lock"
     other = holder(path)
-    end = threading.Timer(0.2, other.stdin.close)
-    end.start()
+    threading.Timer(0.2, other.stdin.close).start()
     with locked(path, "works there", wait=True):
-        assert other.wait(timeout=30) == 0  # removed by its holder, and made anew
-        assert path.exists()
-        with pytest.raises(Held):
-            with locked(path, "works there"):
-                pass
+        assert other.wait(timeout=30) == 0 and path.exists()
+        with pytest.raises(UserError), locked(path, "works there"):
+            pass
     assert not path.exists()
     assert capsys.readouterr().out.count(f"process {other.pid} on") == 1
 
 
-def test_a_claimed_folder_in_which_nothing_was_written_is_gone(tmp_path):
+def test_a_claimed_folder_without_files_is_removed(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "runs/run"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
 
 
-def test_what_killed_processes_left_half_done_is_removed(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "last.pt.part").write_bytes(b"half")
-    (run / "last.pt").write_bytes(b"whole")
-    with claimed(run):
-        assert sorted(os.listdir(run)) == ["last.pt", "run.lock"]
-    cache = tmp_path / "cache"
-    for name in ("dead.part", "alive.part"):
-        (cache / name).mkdir(parents=True)
-    other = holder(cache / "alive.lock")
-    remove_stale(cache)
-    assert sorted(os.listdir(cache)) == ["alive.lock", "alive.part"]
-    other.communicate()
+def test_half_written_files_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / "last.pt.part").write_bytes(b"half")
+    (tmp_path / "last.pt").write_bytes(b"complete")
+    with claimed(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == ["last.pt", "run.lock"]
 
 
-# Signals
+@pytest.mark.parametrize(("output_dir", "words"), [
+    ("/proc/runs", "/proc/runs"), ("tiny.yaml", "tiny.yaml"), ("a" * 300, "too long"),
+])
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, listops_dir, output_dir, words):
+    write_config(tmp_path, listops_dir)
+    result = run_cli("--config", "tiny.yaml", f"output_dir={output_dir}", cwd=tmp_path)
+    assert_refused(result, words)
+    assert os.listdir(tmp_path) == ["tiny.yaml"]
+
+
+# Kills and signals
 
 
 def config_of(tmp_path: Path, listops_dir: Path, name: str, **changes):
@@ -96,15 +105,36 @@ def config_of(tmp_path: Path, listops_dir: Path, name: str, **changes):
     )
 
 
-@pytest.mark.parametrize(("evaluation", "step"), [(0, 5), (2, 12), (3, 12)],
-                         ids=["validation", "last validation", "test"])
-def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
-    tmp_path, listops_dir, monkeypatch, evaluation, step
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, listops_dir):
+    changes = {"max_steps": 60, "checkpoint_interval": 3}
+    train(config_of(tmp_path, listops_dir, "full", **changes))
+    path = write_config(
+        tmp_path, listops_dir, output_dir=str(tmp_path), dropout=0.1, **changes
+    )
+    log = tmp_path / "run/metrics.jsonl"
+
+    def rows() -> int:
+        return len(log.read_bytes().splitlines()) if log.exists() else 0
+
+    for goal in (8, 21):
+        process = start_process("run_train.py", "--config", path, "--resume", cwd=tmp_path)
+        wait_for(process, lambda goal=goal: rows() > goal)
+        process.kill()
+        process.communicate()
+        checkpoint.load(tmp_path / "run/last.pt")
+    assert run_cli("--config", path, "--resume", cwd=tmp_path).returncode == 0
+    assert_same_outcome(tmp_path / "run", tmp_path / "full")
+    assert not [*(tmp_path / "run").glob("*.part"), *(tmp_path / "run").glob("*.lock")]
+
+
+@pytest.mark.parametrize("evaluation", [0, 2, 3], ids=["validation", "last validation", "test"])
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_repeats_it(
+    tmp_path, listops_dir, monkeypatch, evaluation
 ):
-    train(config_of(tmp_path, listops_dir, "whole"))
+    train(config_of(tmp_path, listops_dir, "full"))
     evaluate, calls = train_module.evaluate, []
 
-    def interrupted(model, batches, *arguments):
+    def interrupted(model, batches, *arguments, **options):
         calls.append(0)
 
         def counted():
@@ -114,60 +144,53 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
-        return evaluate(model, counted(), *arguments)
+        return evaluate(model, counted(), *arguments, **options)
 
     config = config_of(tmp_path, listops_dir, "cut")
     monkeypatch.setattr(train_module, "evaluate", interrupted)
-    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}") as caught:
+    with pytest.raises(UserError, match=r"SIGTERM at step .*go on with --resume") as caught:
         train(config)
     assert caught.value.exit_status == 143
     assert calls[-1] == 1  # of three batches
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "cut/last.pt")["progress"]["step"] == step
     train(config, resume=True)
-    assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+    assert_same_outcome(tmp_path / "cut", tmp_path / "full")
+
+
+def struck(monkeypatch, call: int, *numbers: int) -> None:
+    """Send the signals within that call of the backward pass."""
+    backward, calls = train_module.amrb_backward, []
+
+    def replacement(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            for number in numbers:
+                signal.raise_signal(number)
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr(train_module, "amrb_backward", replacement)
 
 
 @pytest.mark.parametrize("step", [0, 4])
-def test_a_signal_between_two_batches_of_a_step_leaves_nothing_of_it(
+def test_a_signal_within_a_step_changes_nothing_for_the_resumed_run(
     tmp_path, listops_dir, monkeypatch, step
 ):
-    changes = {"accumulate": 3, "readout_norm": "batch"}  # statistics that each batch changes
-    backward, calls = train_module.amrb_backward, []
-
-    def struck(model, batch, *arguments, **options):
-        calls.append(1)
-        if len(calls) == 3 * step + 2:
-            signal.raise_signal(signal.SIGTERM)
-        return backward(model, batch, *arguments, **options)
-
-    train(config_of(tmp_path, listops_dir, "whole", **changes))
+    changes = {"accumulate": 3, "readout_norm": "batch"}  # statistics change with each batch
+    train(config_of(tmp_path, listops_dir, "full", **changes))
     config = config_of(tmp_path, listops_dir, "cut", **changes)
-    monkeypatch.setattr(train_module, "amrb_backward", struck)
-    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}"):
+    struck(monkeypatch, 3 * step + 2, signal.SIGTERM)
+    with pytest.raises(UserError, match="SIGTERM at step"):
         train(config)
-    assert len(calls) == 3 * step + 2
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "cut/last.pt")["progress"]["step"] == step
     train(config, resume=True)
-    assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
+    assert_same_outcome(tmp_path / "cut", tmp_path / "full")
 
 
 def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path, listops_dir, monkeypatch):
+    train(config_of(tmp_path, listops_dir, "full"))
     config = config_of(tmp_path, listops_dir, "run")
-    train(config_of(tmp_path, listops_dir, "whole"))
-    backward, calls = train_module.amrb_backward, []
-
-    def struck(model, batch, *arguments, **options):
-        calls.append(1)
-        if len(calls) == 7:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-            pytest.fail("the second signal was held back")
-        return backward(model, batch, *arguments, **options)
-
-    monkeypatch.setattr(train_module, "amrb_backward", struck)
-    # As commands do: what a shell starts in the background ignores SIGINT.
+    struck(monkeypatch, 7, signal.SIGINT, signal.SIGINT)
+    # As the commands do; a shell's background processes ignore SIGINT.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -177,24 +200,83 @@ def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path, listops_
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "run/last.pt")["progress"]["step"] == 4
     train(config, resume=True)
-    assert_same_outcome(tmp_path / "run", tmp_path / "whole")
+    assert_same_outcome(tmp_path / "run", tmp_path / "full")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("library", ["pydantic", "numpy"])
-def test_a_signal_while_libraries_load_is_one_line(tmp_path, number, library):
+def test_a_signal_during_the_imports_is_one_line(tmp_path, number):
     program = (
         "import os, runpy, sys\n"
         "class Struck:\n"
         "    def find_spec(name, path, target):\n"
-        f"        if name == {library!r}: os.kill(os.getpid(), {int(number)})\n"
+        f"        if name == 'numpy': os.kill(os.getpid(), {int(number)})\n"
         "sys.meta_path.insert(0, Struck)\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"runpy.run_path({str(ROOT / 'run_train.py')!r}, run_name='__main__')\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program, "--config", "none.yaml"], cwd=tmp_path, text=True,
-        capture_output=True,
+        [sys.executable, "-c", program, "--config", str(ROOT / "configs/quickstart.yaml")],
+        cwd=tmp_path, text=True, capture_output=True,
     )
     assert result.returncode == 128 + number
     assert result.stderr == f"run_train.py: {number.name}, nothing done yet\n"
+
+
+# Several processes
+
+
+def test_the_others_end_with_one_line_when_a_process_is_killed(tmp_path, listops_dir):
+    config = write_config(tmp_path, listops_dir, max_steps=10**6, checkpoint_interval=2)
+    shared = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    first, second = (
+        start_process(
+            "run_train.py", "--config", config, cwd=tmp_path,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    )
+    wait_for(first, (tmp_path / "runs/run/last.pt").exists)
+    second.kill()
+    second.communicate()
+    assert_refused(finished(first), "no longer meet", "--resume")
+    assert checkpoint.load(tmp_path / "runs/run/last.pt")["progress"]["step"] > 0
+
+
+@pytest.mark.parametrize(("variables", "words"), [
+    ({}, "WORLD_SIZE is set without MASTER_ADDR"),
+    ({"RANK": "x"}, "RANK='x'"), ({"RANK": "2"}, "RANK=2"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
+], ids=str)
+def test_an_environment_that_no_launcher_sets_is_refused(monkeypatch, variables, words):
+    launched = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    if variables:
+        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **variables}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        launched_processes()
+
+
+# Output
+
+
+def test_a_reader_that_closes_the_pipe_ends_predictions_quietly(tmp_path, listops_dir):
+    path = write_config(tmp_path, listops_dir, stop_after_steps=1)
+    run_cli("--config", path, cwd=tmp_path, check=True)
+    (tmp_path / "input.txt").write_text("[MAX 2 9 [MIN 4 7 ] 0 ]\n" * 2000)
+    command = f"'{sys.executable}' '{ROOT / 'run_train.py'}' --checkpoint runs/run/best.pt " \
+              "--predict input.txt | head -1; exit ${PIPESTATUS[0]}"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, text=True, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_training_whose_output_is_no_longer_read_goes_on(tmp_path, listops_dir):
+    path = write_config(tmp_path, listops_dir)
+    process = start_process("run_train.py", "--config", path, cwd=tmp_path)
+    process.stdout.close()
+    process.stdout = None
+    result = finished(process)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "runs/run/summary.json").exists()

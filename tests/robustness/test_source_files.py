@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refusal
-from fuzzing import damaged, number_of_inputs, search
 from PIL import Image
 from test_readers import WRITERS, small_config
 
@@ -267,41 +266,3 @@ def test_the_official_operations_are_read(tmp_path):
     (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(content)
     (image,), label = next(of("cifar10", tmp_path).examples("train"))
     assert image.shape == (1024,) and label == 6
-
-
-VALID = {
-    ("cifar10", "train", "cifar-10-batches-py/data_batch_1"): [official_batch(), pickled()],
-    ("pathfinder32", "all", f"{PATHFINDER}/imgs/0/sample_0.png"): [png(), png("P"), png("I;16")],
-    ("pathfinder32", "all", f"{PATHFINDER}/metadata/0.npy"): [
-        b"imgs/0 sample_0.png 0 1 1.0\nimgs/0 sample_1.png 1 0 1.0\n"
-    ],
-    ("listops", "train", LISTOPS.replace("val", "train")): [
-        b"Source\tTarget\n( ( [MED 7 ) ] )\t7\n( [SM 3 ] )\t3\r\n"
-    ],
-    ("aan", "val", AAN): [b"1.0\ta\tb\tfirst\tsecond\n0\tc\td\tx y\tz\n"],
-    ("imdb", "train", "aclImdb/train/neg/0_7.txt"): ["It's a film<br />No 3, café".encode()],
-    ("imdb_lra", "train", "aclImdb/train/neg/0_7.txt"): [b"It's a film<br />No 3"],
-}
-
-
-@number_of_inputs
-@pytest.mark.parametrize(("dataset", "part", "path"), VALID, ids=lambda text: Path(text).name)
-def test_mutated_files_are_read_or_refused(dataset, part, path, inputs, tmp_path):
-    """What is read keeps to the tokens and the classes that the model knows."""
-    WRITE[dataset](tmp_path)
-    for other in (tmp_path / PATHFINDER / "metadata").glob("1.npy"):
-        other.unlink()
-    reader = of(dataset, tmp_path)
-    task, tokenizer = reader.config.task, reader.tokenizer
-
-    def read(content: bytes) -> None:
-        (tmp_path / path).write_bytes(content)
-        for number, (documents, label) in enumerate(reader.examples(part)):
-            assert 0 <= label < task.num_classes and len(documents) == task.num_documents
-            for document in documents:
-                assert 0 < len(document) <= reader.config.document_len
-                assert int(document.max()) + tokenizer.offset < tokenizer.vocab_size
-            if number == 3:  # the other files are as they were
-                break
-
-    search(read, damaged(*VALID[dataset, part, path]), inputs)
