@@ -88,7 +88,7 @@ def test_a_message_is_short_and_printable():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--nothing"], "--nothing"), (["--jobs", "many\x1b[2J\n"], r"\x1b[2J"),
+    (["--nothing"], "--nothing"), (["--jobs\x1b[2J\n"], r"\x1b[2J"),
     (["--config"], "--config"), (["--config", "x" * 5000], "xxx"),
     (["--config", str(ROOT)], "directory"), (["--config", "a.yaml", "--predict", ""], "--predict"),
 ], ids=lambda a: str(a)[:20])
