@@ -1,6 +1,6 @@
 """Train RMAAT from a YAML file, evaluate a checkpoint, or predict with it.
 
-    python run_train.py --config FILE [key=value ...] [--resume]
+    python run_train.py --config FILE [key=value ...] [--resume] [--dry_run]
     python run_train.py --checkpoint FILE --eval_only
     python run_train.py --checkpoint FILE --predict INPUT
 """
@@ -9,39 +9,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run.program import end_at_once, end_by_exception
+from lra_config import Config, ConfigError, load_config, single_values
+from run.program import Parser, end_by_exception, launched_processes, log_line, run_program
+from sweep import load_runs, run_sweep, sweep_table
 
-# What takes time to load is imported where it is needed: torch, a second, once the command line and
-# the configuration have been found right, the rest once a signal ends the program with one line.
+# torch is imported once the command line and the configuration are found to be right.
 if TYPE_CHECKING:
-    from lra_config import Config
     from model import RMAAT
-    from run.checkpoint import Summary
 
 NAME = "run_train.py"
 
 
 def parse_arguments() -> argparse.Namespace:
-    from run.program import Parser
-
     parser = Parser(
         prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="YAML file, as in configs/; a checkpoint brings its own")
+    parser.add_argument("--config", help="YAML file, as in configs/; a checkpoint has its own")
     parser.add_argument(
         "--resume", action="store_true",
-        help="go on from the run's last.pt, or start where there is none",
+        help="continue from the run's last.pt, or start if there is none",
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="say what a run would take, and train nothing"
+        "--dry_run", action="store_true", help="print the expected cost of a run; train nothing"
     )
     parser.add_argument(
         "--eval_only", action="store_true", help="validation and test accuracy of a checkpoint"
@@ -55,92 +50,62 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
-        help="over the file's values; key=a,b trains one run each",
+        help="replace values of the file; key=a,b trains one run each",
     )
     return parser.parse_intermixed_args()
 
 
-def main() -> int:
-    end_at_once(NAME)
-    from run.program import run_program
-
-    return run_program(NAME, command)
-
-
-def command() -> None:
-    carry_out = checked_command(parse_arguments())
-    for library in ("predict", "sweep"):  # with torch, which they need
-        importlib.import_module(library)
-    from run.processes import joined_processes
-    from training.acceleration import reported_out_of_memory
-
-    end_by_exception()
-    with reported_out_of_memory(), joined_processes():
-        carry_out()
-
-
-def checked_command(arguments: argparse.Namespace) -> Callable[[], None]:
-    """What the arguments ask for, its configuration read and validated.
-
-    Returns:
-        What carries it out, and for how many seconds processes wait for each other then.
-    Raises:
-        ConfigError: they contradict each other, or the configuration is wrong.
-        UserError: the environment is none that a launcher leaves.
-    """
-    from lra_config import ConfigError
-    from run.program import launched_processes
-    from sweep import load_runs
-
-    several = launched_processes().world_size > 1
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for arguments that contradict each other."""
     predicts = arguments.predict is not None
+    uses_checkpoint = arguments.eval_only or predicts
     if arguments.eval_only and predicts:
         raise ConfigError("--eval_only and --predict exclude each other; give one of them")
     if predicts and not arguments.predict:
         raise ConfigError("--predict names no file; name one, or - for standard input")
-    if predicts and several:
+    if predicts and launched_processes().world_size > 1:
         raise ConfigError("--predict works in one process; start it without torchrun")
-    if arguments.eval_only or predicts:
-        load_model = checked_model(arguments)
-        if arguments.eval_only:
-            return lambda: print_evaluation(load_model())
-        return lambda: print_predictions(load_model(), arguments.predict)
-    if arguments.checkpoint:
+    if arguments.checkpoint and not uses_checkpoint:
         raise ConfigError(
-            "--checkpoint goes with --eval_only or --predict; a run goes on from its own last.pt "
+            "--checkpoint needs --eval_only or --predict; a run continues from its own last.pt "
             "with --resume"
         )
-    if not arguments.config:
+    if not arguments.config and not (uses_checkpoint and arguments.checkpoint):
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
-    configs, varied = load_runs(arguments.config, arguments.overrides)
-    return lambda: print_training(configs, varied, arguments)
 
 
-def checked_model(arguments: argparse.Namespace) -> Callable[[], RMAAT]:
-    """The loading of the trained model that the arguments name."""
-    from lra_config import ConfigError, load_config, single_values
-
+def command() -> None:
+    """Carry out the command line. Mistakes in it are reported before torch is loaded."""
+    arguments = parse_arguments()
+    check_arguments(arguments)
+    evaluates = arguments.eval_only or arguments.predict is not None
     config, overrides = None, {}
-    if arguments.config:
+    if not evaluates:
+        configs, varied = load_runs(arguments.config, arguments.overrides)
+    elif arguments.config:
         config = load_config(arguments.config, arguments.overrides)
-    elif arguments.checkpoint:
-        overrides = single_values(arguments.overrides)
     else:
-        raise ConfigError("--checkpoint is missing; name a run's best.pt, or its --config")
+        overrides = single_values(arguments.overrides)
 
-    def load() -> RMAAT:
-        from predict import load_trained
+    from predict import load_trained
+    from run.processes import joined_processes
+    from training.acceleration import told_out_of_memory
 
-        return load_trained(arguments.checkpoint or config.run_dir / "best.pt", config, overrides)
-
-    return load
+    with told_out_of_memory(), joined_processes():
+        if not evaluates:
+            print_training(configs, varied, arguments)
+            return
+        model = load_trained(arguments.checkpoint or config.run_dir / "best.pt", config, overrides)
+        if arguments.eval_only:
+            print_evaluation(model)
+        else:
+            print_predictions(model, arguments.predict)
 
 
 def print_training(
     configs: list[Config], varied: list[str], arguments: argparse.Namespace
 ) -> None:
-    from run.program import log_line
-    from sweep import run_sweep, sweep_table
+    """Train the runs, or with `--dry_run` print what they would take."""
     from train import plan, train
 
     if arguments.dry_run:
@@ -151,64 +116,47 @@ def print_training(
         summaries = run_sweep(configs, resume=arguments.resume)
         log_line(sweep_table(configs, summaries, varied))
         return
-    summary = train(configs[0], resume=arguments.resume)
-    log_line(closing_table(summary, configs[0].run_dir))
+    summary, folder = train(configs[0], resume=arguments.resume), configs[0].run_dir
+    log_line(
+        f"{folder}: weights (model.safetensors, config.json) and their card (README.md), best.pt, "
+        "last.pt, metrics.jsonl, curves.png"
+    )
     log_line(
         f"test_acc {summary.test_accuracy:.4f}  best_val_acc {summary.best_val_accuracy:.4f} "
         f"(step {summary.best_step})  steps {summary.steps}  seconds {summary.seconds:.0f}  "
-        f"-> {configs[0].run_dir}/summary.json"
-    )
-
-
-def closing_table(summary: Summary, folder: Path) -> str:
-    """What came out, and what lies where."""
-    from tables import markdown
-
-    rows = [
-        [f"validation, best (step {summary.best_step:,})",
-         f"{100 * summary.best_val_accuracy:.2f}", f"{summary.examples['val']:,}"],
-        ["test", f"{100 * summary.test_accuracy:.2f}", f"{summary.examples['test']:,}"],
-    ]
-    table = markdown(["split", "accuracy, %", "examples"], rows, numbers=2)
-    return (
-        f"{table}\n{folder}: weights (model.safetensors, config.json) and their card (README.md), "
-        "best.pt, last.pt, metrics.jsonl, curves.png"
+        f"-> {folder}/summary.json"
     )
 
 
 def print_evaluation(model: RMAAT) -> None:
+    """Print loss and accuracy of the held-out splits, then the same as one line of JSON."""
     from predict import evaluate_splits
-    from run.program import is_first_process, print_result
     from training.diagnostics import slices_text
 
     result = evaluate_splits(model)
-    if not is_first_process():
-        return
     for split in ("val", "test"):
-        print_result(
+        log_line(
             f"{split}_loss {result[f'{split}_loss']:.4f}  "
             f"{split}_acc {result[f'{split}_accuracy']:.4f}  "
             f"({result[f'{split}_examples']:,} examples)"
         )
-    print_result(slices_text(result["test_slices"]))
-    print_result(json.dumps(result))
+    log_line(slices_text(result["test_slices"]))
+    log_line(json.dumps(result))
 
 
 def print_predictions(model: RMAAT, source: str) -> None:
-    from predict import bounded_lines, predict
-    from run.files import named_os_errors
-    from run.program import print_result
+    """Print one line of JSON per line of a file, or of standard input for `-`."""
+    from predict import predict
 
-    name = "standard input" if source == "-" else source
     with contextlib.ExitStack() as stack:
-        stack.enter_context(named_os_errors(name))
         lines = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
-        for prediction in predict(model, bounded_lines(lines), name):
-            print_result(json.dumps(prediction))
+        for prediction in predict(model, lines, "standard input" if source == "-" else source):
+            print(json.dumps(prediction), flush=True)
 
 
 if __name__ == "__main__":
-    status = main()
+    end_by_exception()
+    status = run_program(NAME, command)
     if status and os.environ.get("WORLD_SIZE", "1") != "1":
         # Without the clean-up that waits for the other processes: torchrun ends them.
         sys.stderr.flush()
