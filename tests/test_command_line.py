@@ -67,9 +67,8 @@ def test_a_redirected_log_holds_what_is_expected_the_evaluations_and_the_result_
     assert lines[0] == "listops (generated): train 200, val 20, test 20"
     evaluations = [line.split(":")[0] for line in lines if "val_loss" in line]
     assert evaluations == ["step 5", "step 10", "step 12"]
-    assert [line for line in lines if line.startswith("step 10: about")]
     assert lines[-1].startswith("test_acc")
-    assert len(lines) == 4 + 3 + 1 + 5 + 1  # expected, evaluations, time, closing table, result
+    assert len(lines) == 4 + 3 + 1 + 1  # expected cost, evaluations, files, result
     assert (trained / "stderr").read_text() == ""
 
 
@@ -92,7 +91,7 @@ def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_di
         shown += data
     os.close(master)
     assert process.wait(timeout=60) == 0
-    bar = r"12/12 \[\d\d:\d\d<\d\d:\d\d.*loss=\d.*acc=\d.*tok/s=\d"
+    bar = r"12/12 \[\d\d:\d\d<\d\d:\d\d.*loss=\d.*acc=\d.*tokens_s=\d"
     assert re.search(bar, shown.decode()), shown
 
 
@@ -204,12 +203,6 @@ def test_each_run_of_a_sweep_has_a_folder_named_by_what_varies(tmp_path, listops
     assert names("seed=3", run_name="a") == ["a"]
 
 
-def test_a_quoted_comma_does_not_make_a_list(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    (config,), varied = load_runs(path, ['output_dir="a,b"'])
-    assert (config.output_dir, varied) == ("a,b", [])
-
-
 def test_a_sweep_that_cannot_work_is_refused_before_it_starts(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
     with pytest.raises(ConfigError, match="num_heads=3"):
@@ -249,7 +242,7 @@ def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir):
 
 
 def test_a_failing_run_ends_the_sweep(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir, embedding_path=None)
+    path = write_config(tmp_path, listops_dir)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/run_seed1").write_text("in the way")
     result = run_cli("--config", path, "seed=0,1,2", cwd=tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_cli, tiny_batch, tiny_config
 
-from lra_config import ConfigError, dump_config, load_config, make_config
+from lra_config import Config, ConfigError, dump_config, load_config, make_config, read_mapping
 from model import build_model
 from train import amrb_backward
 from training.optimizer import build_optimizers
@@ -78,39 +78,45 @@ def test_impossible_combinations_are_refused():
     with pytest.raises(ConfigError, match="dim=15 is odd"):
         tiny_config(dim=15, num_heads=3, position_embedding="sinusoidal")
     with pytest.raises(ConfigError, match="position_embedding=none"):
-        tiny_config(position_scale=2.0, position_embedding="none")
-    with pytest.raises(ConfigError, match="token_embedding=ordinal needs ids"):
+        tiny_config(position_init="sinusoidal", position_embedding="none")
+    with pytest.raises(ConfigError, match="token_embedding=ordinal needs ordered ids"):
         tiny_config(token_embedding="ordinal")
     with pytest.raises(ConfigError, match="pooling=intensity weighs pixels"):
         tiny_config(pooling="intensity")
-    with pytest.raises(ConfigError, match=r"dataset=listops has position_scale=0\.5"):
-        tiny_config(position_grid=True, position_scale=0.5)
-    with pytest.raises(ConfigError, match="dataset=cifar10 has position_scale=None"):
-        tiny_config(position_grid=True, dataset="cifar10", max_seq_len=16)
+    with pytest.raises(ConfigError, match="needs the rows and columns of an image"):
+        tiny_config(position_init="sinusoidal_2d")
     with pytest.raises(ConfigError, match="dim=2 leaves 2"):
-        tiny_config(
-            position_grid=True, position_scale=0.5, dataset="cifar10", dim=2, num_heads=1
-        )
+        tiny_config(position_init="sinusoidal_2d", dataset="cifar10", dim=2, num_heads=1)
+    with pytest.raises(ConfigError, match="needs the pixels of an image"):
+        tiny_config(token_mixer="conv3x3")
+    with pytest.raises(ConfigError, match="cuts the 32 rows"):
+        tiny_config(token_mixer="conv3x3", dataset="cifar10", max_seq_len=1024, num_segments=64)
+    with pytest.raises(ConfigError, match="chooses contours of pathfinder32"):
+        tiny_config(pathfinder_split="baseline")
+    pathfinder = {"dataset": "pathfinder32", "max_seq_len": 1024}
+    for curriculum, words in [
+        ({"baseline": 1, "hard": 2}, "start at step 0"),
+        ({"baseline": 0, "intermediate": 2}, "end with hard"),
+        ({"baseline": 0, "intermediate": 2, "hard": 2}, "rise"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            tiny_config(**pathfinder, pathfinder_split=curriculum)
     with pytest.raises(ConfigError, match="bucket_by_length"):
         tiny_config(readout_norm="batch", bucket_by_length=True)
-    with pytest.raises(ConfigError, match="num_hidden=8 is of attention_type astro and linear"):
+    with pytest.raises(ConfigError, match="num_hidden=8 belongs to attention_type"):
         tiny_config(num_hidden=8, attention_type="softmax")
     local = {"basis_init": "neighbors", "position_embedding": "none"}
     with pytest.raises(ConfigError, match="use learned or none"):
         tiny_config(**{**local, "position_embedding": "sinusoidal"})
     with pytest.raises(ConfigError, match="num_hidden=3"):
         tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=3)
-    with pytest.raises(ConfigError, match="names no neighbour"):
+    with pytest.raises(ConfigError, match="names no neighbor"):
         tiny_config(**local, max_seq_len=64, num_segments=2, num_hidden=32, neighbor_offsets=[])
-    with pytest.raises(ConfigError, match="in 17 features"):
+    with pytest.raises(ConfigError, match="by 17 features"):
         tiny_config(**local, max_seq_len=128, num_segments=2, num_hidden=64)
     assert tiny_config(
         **local, max_seq_len=128, num_segments=2, num_hidden=64, neighbor_code_digits=3
     ).position_code_digits == [4, 4, 4]
-    with pytest.raises(ConfigError, match="brings word vectors of its own; set"):
-        tiny_config(
-            initial_checkpoint="best.pt", embedding_path="glove.txt", dataset="imdb", max_seq_len=64
-        )
     with pytest.raises(ConfigError, match="batch_size=1"):
         tiny_config(readout_norm="batch", batch_size=1)
 
@@ -130,7 +136,9 @@ def test_two_documents_fill_whole_segments_or_one_between_them():
     (b"- 1\n- 2\n", "no `key: value` lines"),
     (b"dataset: [listops\n", "line 2"),
     (b"dataset: \xff\xfe\n", "not a UTF-8 text"),
-    (b"1: 2\ndataset: listops\n", "key 1"),
+    (b"1: 2\ndataset: listops\n", "no `key: value` lines"),
+    (b"dataset: listops\nseed: 1\nseed: 2\n", "line 3: 'seed' is given twice"),
+    (b"dataset: &a listops\nrun_name: *a\n", "line 2: aliases are not read"),
     (b"seed: 1\n", "dataset is missing"),
 ])
 def test_unreadable_files_are_named(tmp_path, content, words):
@@ -172,7 +180,7 @@ def test_every_shipped_configuration_builds_and_overfits_one_batch(path):
     config = load_config(path, ["device=cpu", "dropout=0", "batch_size=4"])
     torch.manual_seed(0)
     model = build_model(config)
-    optimizer = build_optimizers(model, config)
+    optimizers = build_optimizers(model, config).values()
     # Two segments of it: enough for the memory to matter, and quick.
     lengths = [2 * config.segment_len, config.segment_len + 5, 30, 7]
     batch = tiny_batch(config, [min(n, config.max_seq_len) for n in lengths])
@@ -183,7 +191,36 @@ def test_every_shipped_configuration_builds_and_overfits_one_batch(path):
     )
     losses = []
     for _ in range(25):
-        optimizer.zero_grad()
+        model.zero_grad()
         losses.append(float(amrb_backward(model, batch).loss))
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_keys_of_earlier_versions_are_read_under_their_new_names(tmp_path, capsys):
+    old = "dataset: cifar10\nposition_basis: localised\nlocal_lags: [-1]\nhebbian_scale: 8.0\n"
+    old += "pooling: bright\nposition_scale: 0.5\nposition_grid: true\non_nonfinite: stop\n"
+    config = load_config(write(tmp_path, old))
+    assert (config.basis_init, config.neighbor_offsets, config.hebbian_divisor) == (
+        "landmarks", [-1], 8.0
+    )
+    assert (config.pooling, config.position_init) == ("intensity", "sinusoidal_2d")
+    assert "hebbian_scale is now hebbian_divisor=8.0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="on_nonfinite was retired"):
+        load_config(write(tmp_path, "dataset: listops\non_nonfinite: skip\n"))
+    with pytest.raises(ConfigError, match="hebbian_scale is the old name of hebbian_divisor"):
+        load_config(write(tmp_path, "dataset: listops\nhebbian_scale: 1.0\nhebbian_divisor: 1.0"))
+
+
+def test_the_configuration_of_every_stored_result_loads():
+    stored = list((ROOT / "results").rglob("config.yaml"))
+    assert stored
+    for path in stored:
+        load_config(path)
+
+
+def test_every_key_belongs_to_one_group_and_to_the_main_configuration():
+    grouped = [key for group in Config.groups for key in group.model_fields]
+    assert sorted(grouped) == sorted(Config.model_fields)
+    assert set(read_mapping(ROOT / "configs" / "config_v10.yaml")) == set(grouped)
