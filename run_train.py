@@ -89,9 +89,9 @@ def command() -> None:
 
     from predict import load_trained
     from run.processes import joined_processes
-    from training.acceleration import told_out_of_memory
+    from training.acceleration import reported_out_of_memory
 
-    with told_out_of_memory(), joined_processes():
+    with reported_out_of_memory(), joined_processes():
         if not evaluates:
             print_training(configs, varied, arguments)
             return
