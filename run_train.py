@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lra_config import Config, ConfigError, load_config, single_values
-from run.program import Parser, end_by_exception, launched_processes, log_line, run_program
+from run.program import (
+    Parser,
+    end_by_exception,
+    launched_processes,
+    log_line,
+    print_result,
+    run_program,
+)
 from sweep import load_runs, run_sweep, sweep_table
 
 # torch is imported once the command line and the configuration are found to be right.
@@ -70,7 +77,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             "--checkpoint needs --eval_only or --predict; a run continues from its own last.pt "
             "with --resume"
         )
-    if not arguments.config and not (uses_checkpoint and arguments.checkpoint):
+    if uses_checkpoint and not (arguments.checkpoint or arguments.config):
+        raise ConfigError("--checkpoint is missing; name a run's best.pt, or its --config")
+    if not uses_checkpoint and not arguments.config:
         raise ConfigError("--config is missing; name a YAML file, as in configs/")
 
 
@@ -151,7 +160,7 @@ def print_predictions(model: RMAAT, source: str) -> None:
     with contextlib.ExitStack() as stack:
         lines = sys.stdin.buffer if source == "-" else stack.enter_context(open(source, "rb"))
         for prediction in predict(model, lines, "standard input" if source == "-" else source):
-            print(json.dumps(prediction), flush=True)
+            print_result(json.dumps(prediction))
 
 
 if __name__ == "__main__":
