@@ -1,26 +1,38 @@
-"""The documents: what they point to exists, and the README's figures are those of `results/`."""
+"""The documents: links resolve, commands parse, and accuracies are those of `results/`."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import itertools
 import json
 import re
+import runpy
+import shlex
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 from conftest import ROOT
 
-from tables import ACCURACY, SYSTEMS
+from lra_config import make_config, parse_overrides, read_mapping
 
 README = ROOT / "README.md"
 PAGES = sorted(
-    page for pattern in ("*.md", "docs/*.md", "results/**/README.md")
-    for page in ROOT.glob(pattern)
+    page for pattern in ("*.md", "docs/*.md", "results/**/*.md") for page in ROOT.glob(pattern)
 )
+# Pages of results keep the commands of earlier versions.
+CURRENT = [page for page in PAGES if "results" not in page.parts]
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+FIGURE = re.compile(r"\**(\d+\.\d+)(?: ± (\d+\.\d+))?\**")
 
 
 def without_code(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
 
 
 def anchors(page: Path) -> set[str]:
@@ -29,17 +41,25 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-def section(page: Path, heading: str) -> str:
-    found = re.search(rf"^#+ {heading}$(.*?)(?=^#|\Z)", page.read_text(), flags=re.M | re.S)
-    assert found, f"{page.name} has no section {heading}"
-    return found[1]
+def commands() -> list[tuple[str, list[str]]]:
+    """The programs of this repository in the documents' code blocks, and their arguments."""
+    lines = [line for page in CURRENT for block in code_blocks(page, "bash")
+             for line in re.split(r"\n|&&|\||;", block.replace("\\\n", " "))]
+    found = []
+    for words in (shlex.split(line, comments=True) for line in lines):
+        for i, word in enumerate(words):
+            if word.endswith(".py") or word.startswith("experiments."):
+                found.append((word, words[i + 1 :]))
+                break
+    return found
 
 
 def test_the_readme_is_read_in_five_minutes():
-    assert len(README.read_text().splitlines()) <= 200
+    prose = re.sub(r"\]\([^)]*\)|<[^>]*>", "", without_code(README))
+    assert len(re.findall(r"[A-Za-z][\w'-]*", prose)) <= 1_000
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@by_page
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if link.startswith("http"):
@@ -51,7 +71,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_document_is_linked_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[^)#]+)", README.read_text()))
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)", README.read_text()))
     assert linked == {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md")}
 
 
@@ -60,67 +80,101 @@ def test_the_changelog_begins_with_this_version():
     assert f'version = "{newest}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_rooms_exist():
-    rooms = re.findall(r"`([\w/]+(?:\.\w+|/))`", section(README, "Rooms"))
-    assert len(rooms) > 20
-    assert [room for room in rooms if not (ROOT / room).exists()] == []
+def test_the_layout_names_every_module_and_package():
+    page = (ROOT / "docs/extending.md").read_text()
+    layout = page.split("## Layout of the code")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+(?:\.\w+|/))`", layout))
+    modules = {path.name for path in ROOT.glob("*.py")}
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
+    assert modules | packages <= named
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_module_and_package_has_a_line():
-    rooms = section(README, "Rooms")
-    modules = [path.name for path in ROOT.glob("*.py")]
-    packages = [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
-    assert [name for name in modules + packages if f"`{name}`" not in rooms] == []
+def test_the_configuration_page_is_current():
+    """`python docs/generate_configuration.py > docs/configuration.md` brings it up to date."""
+    page = runpy.run_path(str(ROOT / "docs/generate_configuration.py"))["page"]()
+    assert (ROOT / "docs/configuration.md").read_text() == page + "\n"
 
 
-def summaries(folder: str) -> list[dict]:
-    """Of the run in `results/...`, or of one in a folder per seed."""
-    return [json.loads(path.read_text()) for path in (ROOT / folder).rglob("summary.json")]
+def test_commands_name_programs_and_their_flags():
+    assert commands()
+    for program, arguments in commands():
+        path = ROOT / (program if program.endswith(".py") else f"{program.replace('.', '/')}.py")
+        assert path.exists() or not (path.parent.exists() and path.parent != ROOT), program
+        if path.exists():
+            known = set(re.findall(r'"(--\w+)"', path.read_text())) | {"--help"}
+            given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+            assert given <= known, program
 
 
-def assert_measured(figure: str, runs: list[dict]) -> None:
-    """`figure`: mean, and ± standard deviation where there are several seeds, in %."""
+def test_commands_that_train_have_valid_keys():
+    for program, arguments in commands():
+        if program != "run_train.py" or "--config" not in arguments:
+            continue
+        path = arguments[arguments.index("--config") + 1]
+        parsed = parse_overrides([word for word in arguments if re.match(r"\w+=", word)])
+        for values in itertools.product(*parsed.values()):
+            make_config({**read_mapping(ROOT / path), **dict(zip(parsed, values, strict=True))})
+
+
+def test_imports_in_the_documents_exist():
+    for page in CURRENT:
+        for block in code_blocks(page, "python"):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert [a.name for a in node.names if not hasattr(module, a.name)] == []
+
+
+def table_rows(page: Path) -> list[dict[str, str]]:
+    """The rows of all tables of a page, by the heads of their columns."""
+    rows, head = [], None
+    for line in without_code(page).splitlines():
+        if not line.startswith("|"):
+            head = None
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if head is None:
+            head = cells
+        elif not set("".join(cells)) <= set("-: "):
+            rows.append(dict(zip(head, cells, strict=True)))
+    return rows
+
+
+def linked_runs(page: Path, cell: str) -> tuple[str, list[dict]]:
+    """The text of a cell's link, and the summaries of the run, or of its seeds, to which it leads."""
+    link = re.search(r"\[([^]]*)\]\(([^)\s]+)\)", cell)
+    if link is None:
+        return "", []
+    text, target = link.groups()
+    folder = page.parent / target
+    files = [*folder.glob("summary.json"), *folder.glob("seed*/summary.json")]
+    return text, [json.loads(path.read_text()) for path in files]
+
+
+def assert_measured(figure: str, runs: list[dict], context: object) -> None:
+    """`figure`: the mean in %, and ± the standard deviation of several seeds."""
     accuracies = [100 * run["test_accuracy"] for run in runs]
-    expected = [mean(accuracies), *([stdev(accuracies)] if len(runs) > 1 else [])]
-    assert [float(part) for part in figure.split("±")] == pytest.approx(expected, abs=0.0501)
+    center, deviation = FIGURE.match(figure).groups()
+    assert float(center) == pytest.approx(mean(accuracies), abs=0.0501), context
+    assert (deviation is not None) == (len(runs) > 1), context
+    if deviation:
+        assert float(deviation) == pytest.approx(stdev(accuracies), abs=0.0501), context
 
 
-def test_the_longest_runs_are_those_of_results():
-    """A system for which the paper has no figure has no gap either."""
-    rows = re.findall(
-        r"^\| [\w ]+ \| \[[^]]+\]\(([^)]+)\) \|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$",
-        section(README, "Results"), flags=re.M,
-    )
-    assert rows
-    for folder, paper, ours, gap, seeds, steps in rows:
-        runs = summaries(folder)
-        assert_measured(ours, runs)
-        assert bool(paper.strip()) == bool(gap.strip()), folder
-        if paper.strip():
-            measured = 100 * mean(run["test_accuracy"] for run in runs)
-            assert float(gap) == pytest.approx(measured - float(paper), abs=0.0501), folder
-        assert (int(seeds), {int(steps.replace(",", ""))}) == (
-            len(runs), {run["steps"] for run in runs}
-        ), folder
-
-
-def test_the_systems_at_equal_steps_are_those_of_results():
-    """Each task's figures lie in `equal/`; one with a star ran fewer steps than its column."""
-    head, _, *rows = re.findall(r"^\|(.*)\|$", section(README, "Results").split("**Every")[1], re.M)
-    columns = [int(re.sub(r"\D", "", cell)) for cell in head.split("|")[1:]]
-    assert len(rows) == len(SYSTEMS) + 1  # RMT twice, once trained by AMRB
-    for row in rows:
-        for steps, cell in zip(columns, row.split("|")[1:], strict=True):
-            if not cell.strip():
-                continue  # not run
-            figure, folder, star, paper = re.fullmatch(
-                r" \[(.+)\]\((.+)\)(\\\*)?(?: / (.+))? ", cell
-            ).groups()
-            _, task, equal, system = folder.split("/")
-            runs = summaries(folder)
-            assert equal == "equal"
-            assert_measured(figure, runs)
-            for run in runs:
-                assert run["steps"] < steps if star else run["steps"] == steps, folder
-            if paper:
-                assert float(paper) == ACCURACY[system][task], folder
+@by_page
+def test_accuracies_are_those_of_the_linked_runs(page):
+    """Of a figure that links its run, and of the column `ours` in a row that links one."""
+    for row in table_rows(page):
+        links = {column: linked_runs(page, cell) for column, cell in row.items()}
+        for text, runs in links.values():
+            if runs and FIGURE.match(text):
+                assert_measured(text, runs, row)
+        runs = next((runs for text, runs in links.values() if runs), [])
+        for column, cell in row.items():
+            if runs and column.startswith("ours") and FIGURE.match(cell):
+                assert_measured(cell, runs, row)
+            if runs and column == "seeds":
+                assert int(cell) == len(runs), row
+            if runs and column == "steps":
+                assert {int(cell.replace(",", ""))} == {run["steps"] for run in runs}, row
