@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+import run.program  # noqa: F401 - before all others, as it refuses foreign modules
 from data.tasks import TASKS, ByteTokenizer, Task
 from run.program import UserError, note, one_line, shown
 
@@ -409,7 +410,7 @@ class Optimization(BaseModel):
 
 
 class ExecutionKeys(BaseModel):
-    """How the same computation is carried out on a machine."""
+    """How a machine executes the same computation."""
 
     # auto: CUDA if there is a device
     device: Annotated[

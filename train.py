@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import run.program  # noqa: F401 - before all others, as it refuses foreign modules
 from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_seed, load_splits
 from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError

@@ -1,4 +1,4 @@
-"""Print docs/configuration.md: every key with its values, its default and the comment beside it.
+"""Print docs/configuration.md: every key with its values, its default and its comment.
 
     python docs/generate_configuration.py > docs/configuration.md
 """
@@ -31,7 +31,7 @@ python run_train.py --config configs/listops.yaml run_name=narrow dim=32 learnin
 ```
 
 Only `dataset` is required. An unknown key, a wrong type or an impossible combination ends the
-command with exit status 2 and one line. The line names the key, the value and what is allowed.
+command with exit status 2 and one line. The line names the key, its value and the allowed values.
 
 The paper publishes no model size, schedule or initialization. A comment says "paper" if the paper
 fixes the value. All other defaults are our choice, and [Method](method.md#deviations) explains the

@@ -18,13 +18,12 @@ from conftest import ROOT
 from lra_config import make_config, parse_overrides, read_mapping
 
 README = ROOT / "README.md"
-PAGES = sorted(
-    page for pattern in ("*.md", "docs/*.md", "results/**/*.md") for page in ROOT.glob(pattern)
-)
+PAGES = sorted(p for kind in ("*.md", "docs/*.md", "results/**/*.md") for p in ROOT.glob(kind))
 # Pages of results keep the commands of earlier versions.
 CURRENT = [page for page in PAGES if "results" not in page.parts]
+LINK = re.compile(r"\[([^]]*)\]\(([^)\s]+)\)")
+FIGURE = re.compile(r"(\d+\.\d+)(?: ± (\d+\.\d+))?")
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-FIGURE = re.compile(r"\**(\d+\.\d+)(?: ± (\d+\.\d+))?\**")
 
 
 def without_code(page: Path) -> str:
@@ -43,14 +42,13 @@ def anchors(page: Path) -> set[str]:
 
 def commands() -> list[tuple[str, list[str]]]:
     """The programs of this repository in the documents' code blocks, and their arguments."""
-    lines = [line for page in CURRENT for block in code_blocks(page, "bash")
-             for line in re.split(r"\n|&&|\||;", block.replace("\\\n", " "))]
     found = []
-    for words in (shlex.split(line, comments=True) for line in lines):
-        for i, word in enumerate(words):
-            if word.endswith(".py") or word.startswith("experiments."):
-                found.append((word, words[i + 1 :]))
-                break
+    for block in (block for page in CURRENT for block in code_blocks(page, "bash")):
+        for line in re.split(r"\n|&&|\||;", block.replace("\\\n", " ")):
+            words = shlex.split(line, comments=True)
+            programs = [w for w in words if w.endswith(".py") or w.startswith("experiments.")]
+            if programs:
+                found.append((programs[0], words[words.index(programs[0]) + 1 :]))
     return found
 
 
@@ -61,13 +59,12 @@ def test_the_readme_is_read_in_five_minutes():
 
 @by_page
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
-        if link.startswith("http"):
-            continue
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        assert target.exists(), f"{link} points to no file"
-        assert not anchor or anchor in anchors(target), f"{link} points to no heading"
+    for _, link in LINK.findall(without_code(page)):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{link} points to no file"
+            assert not anchor or anchor in anchors(target), f"{link} points to no heading"
 
 
 def test_every_document_is_linked_from_the_readme():
@@ -76,17 +73,16 @@ def test_every_document_is_linked_from_the_readme():
 
 
 def test_the_changelog_begins_with_this_version():
-    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1]
-    assert f'version = "{newest}"' in (ROOT / "pyproject.toml").read_text()
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert f'version = "{newest[1]}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_layout_names_every_module_and_package():
     page = (ROOT / "docs/extending.md").read_text()
     layout = page.split("## Layout of the code")[1].split("\n## ")[0]
     named = set(re.findall(r"`([\w/]+(?:\.\w+|/))`", layout))
-    modules = {path.name for path in ROOT.glob("*.py")}
     packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
-    assert modules | packages <= named
+    assert {path.name for path in ROOT.glob("*.py")} | packages <= named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -97,84 +93,69 @@ def test_the_configuration_page_is_current():
 
 
 def test_commands_name_programs_and_their_flags():
-    assert commands()
     for program, arguments in commands():
-        path = ROOT / (program if program.endswith(".py") else f"{program.replace('.', '/')}.py")
-        assert path.exists() or not (path.parent.exists() and path.parent != ROOT), program
-        if path.exists():
-            known = set(re.findall(r'"(--\w+)"', path.read_text())) | {"--help"}
-            given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
-            assert given <= known, program
+        if program.startswith("experiments."):
+            program = f"{program.replace('.', '/')}.py"
+        source = (ROOT / program).read_text()
+        given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        assert given <= set(re.findall(r"--\w+", source)) | {"--help"}, program
 
 
 def test_commands_that_train_have_valid_keys():
     for program, arguments in commands():
-        if program != "run_train.py" or "--config" not in arguments:
-            continue
-        path = arguments[arguments.index("--config") + 1]
-        parsed = parse_overrides([word for word in arguments if re.match(r"\w+=", word)])
-        for values in itertools.product(*parsed.values()):
-            make_config({**read_mapping(ROOT / path), **dict(zip(parsed, values, strict=True))})
+        if program == "run_train.py" and "--config" in arguments:
+            path = ROOT / arguments[arguments.index("--config") + 1]
+            parsed = parse_overrides([word for word in arguments if re.match(r"\w+=", word)])
+            for values in itertools.product(*parsed.values()):
+                make_config({**read_mapping(path), **dict(zip(parsed, values, strict=True))})
 
 
 def test_imports_in_the_documents_exist():
-    for page in CURRENT:
-        for block in code_blocks(page, "python"):
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom):
-                    module = importlib.import_module(node.module)
-                    assert [a.name for a in node.names if not hasattr(module, a.name)] == []
+    blocks = [block for page in CURRENT for block in code_blocks(page, "python")]
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 def table_rows(page: Path) -> list[dict[str, str]]:
     """The rows of all tables of a page, by the heads of their columns."""
     rows, head = [], None
     for line in without_code(page).splitlines():
-        if not line.startswith("|"):
-            head = None
-            continue
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if head is None:
-            head = cells
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not line.startswith("|") or head is None:
+            head = cells if line.startswith("|") else None
         elif not set("".join(cells)) <= set("-: "):
             rows.append(dict(zip(head, cells, strict=True)))
     return rows
 
 
 def linked_runs(page: Path, cell: str) -> tuple[str, list[dict]]:
-    """The text of a cell's link, and the summaries of the run, or of its seeds, to which it leads."""
-    link = re.search(r"\[([^]]*)\]\(([^)\s]+)\)", cell)
-    if link is None:
-        return "", []
-    text, target = link.groups()
+    """The text of a cell's link, and the summaries of the linked run, or of its seeds."""
+    text, target = (LINK.findall(cell) or [("", "nowhere")])[0]
     folder = page.parent / target
     files = [*folder.glob("summary.json"), *folder.glob("seed*/summary.json")]
     return text, [json.loads(path.read_text()) for path in files]
 
 
-def assert_measured(figure: str, runs: list[dict], context: object) -> None:
-    """`figure`: the mean in %, and ± the standard deviation of several seeds."""
-    accuracies = [100 * run["test_accuracy"] for run in runs]
-    center, deviation = FIGURE.match(figure).groups()
-    assert float(center) == pytest.approx(mean(accuracies), abs=0.0501), context
-    assert (deviation is not None) == (len(runs) > 1), context
-    if deviation:
-        assert float(deviation) == pytest.approx(stdev(accuracies), abs=0.0501), context
-
-
 @by_page
 def test_accuracies_are_those_of_the_linked_runs(page):
-    """Of a figure that links its run, and of the column `ours` in a row that links one."""
+    """Of a figure that links its run, and of the column `ours` in a row that links one.
+
+    A figure is the mean in %, and ± the standard deviation of several seeds.
+    """
     for row in table_rows(page):
-        links = {column: linked_runs(page, cell) for column, cell in row.items()}
-        for text, runs in links.values():
-            if runs and FIGURE.match(text):
-                assert_measured(text, runs, row)
-        runs = next((runs for text, runs in links.values() if runs), [])
-        for column, cell in row.items():
-            if runs and column.startswith("ours") and FIGURE.match(cell):
-                assert_measured(cell, runs, row)
-            if runs and column == "seeds":
-                assert int(cell) == len(runs), row
-            if runs and column == "steps":
-                assert {int(cell.replace(",", ""))} == {run["steps"] for run in runs}, row
+        links = [linked_runs(page, cell) for cell in row.values()]
+        figures = [(text, runs) for text, runs in links if runs and FIGURE.match(text)]
+        runs = next((runs for text, runs in links if runs and not FIGURE.match(text)), [])
+        for column, cell in row.items() if runs else ():
+            if column.startswith("ours") and FIGURE.match(cell):
+                figures.append((cell, runs))
+            if column in ("seeds", "steps"):
+                measured = {len(runs)} if column == "seeds" else {run["steps"] for run in runs}
+                assert {int(cell.replace(",", ""))} == measured, row
+        for figure, runs in figures:
+            accuracies = [100 * run["test_accuracy"] for run in runs]
+            expected = [mean(accuracies), *([stdev(accuracies)] if len(runs) > 1 else [])]
+            found = [float(x) for x in FIGURE.match(figure).groups() if x]
+            assert found == pytest.approx(expected, abs=0.0501), row

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, assert_refused, finished, run_script, start_process
@@ -17,8 +20,8 @@ def own_dataset(*arguments: object, cwd) -> object:
     return finished(start_process("examples/own_dataset.py", *arguments, cwd=cwd))
 
 
-def test_a_data_set_of_ones_own_is_swept_side_by_side_and_predicted(tmp_path):
-    result = own_dataset(*QUICK, "seed=0,1", "--jobs", 2, cwd=tmp_path)
+def test_a_data_set_of_ones_own_is_swept_and_predicted(tmp_path):
+    result = own_dataset(*QUICK, "seed=0,1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "runs/own_seed1/summary.json").read_text())
     assert summary["examples"] == {"train": 1600, "val": 200, "test": 200}
@@ -49,3 +52,24 @@ def test_a_model_of_ones_own_learns_by_amrb_what_only_the_memory_carries(tmp_pat
     assert float(difference[1]) < 1e-5
     accuracy = re.search(r"test accuracy (\S+), chance 0.250", result.stdout)
     assert float(accuracy[1]) > 0.5
+
+
+@pytest.mark.parametrize("foreign", ["utils.py", "model.py", "data/__init__.py"])
+def test_a_foreign_module_that_hides_ours_is_named_with_ours(tmp_path, foreign):
+    (tmp_path / foreign).parent.mkdir(exist_ok=True)
+    (tmp_path / foreign).write_text("")
+    (tmp_path / "program.py").write_text("from train import amrb_backward\n")
+    result = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )
+    line = result.stderr.splitlines()[-1]
+    assert str(tmp_path / foreign) in line and str(ROOT / foreign.partition("/")[0]) in line
+
+
+def test_a_program_with_its_own_model_may_import_the_attention(tmp_path):
+    (tmp_path / "model.py").write_text("from attention import AstromorphicAttention\n")
+    result = subprocess.run(
+        [sys.executable, "model.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 0
