@@ -1,4 +1,4 @@
-"""Positional encodings, random states and the description of the machine."""
+"""Positional encodings, seeding, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import random
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal position embeddings of the given positions, without a table.
+    """Return the sinusoidal embeddings of the given positions, without a table.
 
     Args:
         positions: (S,) integer positions, in tokens.
@@ -35,18 +35,19 @@ def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Ten
 
 
 def grid_positions(positions: Tensor, side: int, dim: int) -> Tensor:
-    """Sinusoids of the row and of the column of pixels, a quarter of the features each.
+    """Return sinusoids of the row and of the column of pixels, a quarter of the features each.
 
-    A flat index tells a column only through waves that happen to fit a row. Wave lengths here range
-    from twice the side to 4 pixels, and the likeness of two rows, or columns, is of their distance.
+    A flat index encodes the column only through waves that happen to fit a row. Here the wave
+    lengths range from twice the side to 4 pixels, and the similarity of two rows, or of two
+    columns, depends on their distance only.
 
     Args:
         positions: (S,) int64, in pixels of a square image read row by row.
         side: of that image, in pixels.
-        dim: at least 4; what is left over of a multiple of 4 stays zero.
+        dim: at least 4; features beyond a multiple of 4 are zero.
     Returns:
         (S, dim) float32: sines and cosines of the row, sines and cosines of the column.
-    Deviation: the paper leaves the position embedding open.
+    Deviation: the paper does not publish its position embedding.
     """
     exponents = torch.linspace(0, math.log2(side / 2), dim // 4)
     frequencies = math.pi / side * 2**exponents
@@ -58,7 +59,7 @@ def grid_positions(positions: Tensor, side: int, dim: int) -> Tensor:
 def sinusoidal_segments(
     num_segments: int, segment_len: int, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Two factors of the sinusoidal embeddings of T S positions, without a table of them.
+    """Return two factors of the sinusoidal embeddings of T S positions, without a table of them.
 
     Position t S + i turns every wave at i by the angle of t S, so that its embedding is
     waves[0, i] * turns[0, t] + waves[1, i] * turns[1, t].
@@ -78,51 +79,19 @@ def sinusoidal_segments(
     return waves, torch.stack([cos.repeat(1, 2), sin.repeat(1, 2)])
 
 
-def digit_positions(positions: Tensor, dim: int, digits: Sequence[int]) -> Tensor:
-    """Position code of one-hot digits and a constant, in the first features.
-
-    Two positions share the constant and each digit that they agree in, so that a linear map with a
-    threshold tells one position from all others. Of the features in use, the constant is the last.
-
-    Args:
-        positions: (S,) int64, in tokens.
-        dim: enough for all digits and the constant.
-        digits: how many values each takes, the lowest digit first.
-    Returns:
-        (S, dim) float32: a one for every digit and one for the constant.
-    Deviation: the paper leaves the position embedding open.
-    """
-    features, first, place = [], 0, 1
-    for size in digits:
-        features.append(first + positions // place % size)
-        first, place = first + size, place * size
-    features.append(torch.full_like(positions, first))
-    return torch.zeros(len(positions), dim).scatter_(1, torch.stack(features, dim=1), 1.0)
-
-
-def digit_height(dim: int, digits: Sequence[int]) -> float:
-    """What a layer norm makes of the ones of `digit_positions`, beside features of mean square 1.
-
-    Args:
-        dim: of the normalised vectors.
-        digits: how many values each takes.
-    """
-    return math.sqrt(dim / (dim - sum(digits) + len(digits)))
-
-
 def ordinal_embedding(levels: int, dim: int) -> Tensor:
-    """Start of the vectors of ordered levels, such as grey levels: like levels, like vectors.
+    """Return initial vectors of ordered levels, such as gray levels; similar levels are similar.
 
-    Feature f of level g is sqrt(2) sin(a_f z + b_f) with z from -1 to 1 over the levels, a_f normal
-    of deviation 3, which decides how far likeness reaches, and b_f uniform over the circle. Its
-    mean square is 1, as that of a random start.
+    Feature f of level g is sqrt(2) sin(a_f z + b_f) with z from -1 to 1 over the levels. a_f is
+    normal with deviation 3, which decides how far the similarity reaches, and b_f uniform over the
+    circle. The mean square is 1, as for a random initialization.
 
     Args:
         levels: at least 2.
         dim: of the vectors.
     Returns:
         (levels, dim).
-    Deviation: the paper leaves open how the embedding starts.
+    Deviation: the paper does not publish the initialization of its embedding.
     """
     z = 2 * torch.arange(levels) / (levels - 1) - 1  # (levels,)
     frequency, phase = 3 * torch.randn(dim), 2 * math.pi * torch.rand(dim)
@@ -130,7 +99,7 @@ def ordinal_embedding(levels: int, dim: int) -> Tensor:
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch for one training step, so that a resumed run draws what an unbroken one draws."""
+    """Seed torch for one training step, so that a resumed run repeats an uninterrupted one."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
@@ -142,18 +111,18 @@ def seed_everything(seed: int) -> None:
 
 
 def restore(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Give tensors, in place, the values they had."""
+    """Copy earlier values back into tensors, in place."""
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the story that follows it."""
+    """Return the first line of an error's message, cut to 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def versions() -> dict[str, str]:
-    """The software that a result depends on, our own commit included."""
+    """Return the versions of the software that a result depends on, this commit included."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -164,7 +133,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the processor in use, and for a CPU the threads."""
+    """Return the name of the processor in use, and for a CPU the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The attention mechanisms that RMAAT is compared with; each reads like its equations.
+"""The attention mechanisms that RMAAT is compared with, each written like its equations.
 
 Shape letters are those of `model.py`.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.equations import Terms, mask_rows
-from attention.fused import respond
+from attention.fused import choose_backend, respond
 from attention.heads import Attention
 from lra_config import Config
 
@@ -25,16 +25,20 @@ class LinearAttention(Attention):
     Source: Katharopoulos et al. 2020, Eq. 5.
     """
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.backend = choose_backend(config)
+
     def forward(self, x: Tensor, mask: Tensor | None, positions: None = None) -> Tensor:
-        qkv = self.to_qkv(x)
-        return self.to_out(respond(qkv, self.num_heads, self.num_hidden, mask, None, Terms()))
+        return self.to_out(respond(
+            self.to_qkv(x), self.num_heads, self.num_hidden, mask, None, Terms(), self.backend
+        ))
 
 
 def visible_keys(mask: Tensor | None) -> Tensor | None:
-    """The rows (B, N) that a softmax may look at: the real ones.
+    """Return the rows (B, N) that a softmax may look at: the real ones.
 
-    A sample that is padding alone must see something, because a softmax over nothing is NaN: it
-    sees all of its rows.
+    A softmax over nothing is NaN, so a sample of padding alone sees all of its rows.
     """
     return None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
 
@@ -51,7 +55,7 @@ class SoftmaxAttention(Attention):
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, (B, H, N_q, d), over the `visible` keys (B, N_k)."""
+    """Return softmax(Q K^T / sqrt(d)) V, (B, H, N_q, d), over the `visible` keys (B, N_k)."""
     mask = None if visible is None else visible[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -127,12 +131,12 @@ def landmark_runs(real: Tensor, num_landmarks: int) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the last dimension, 0 where not `visible` (broadcast over `scores`)."""
+    """Return the softmax over the last dimension, 0 where not `visible` (broadcast)."""
     return scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
-    """A^+ of matrices A by an iteration of third order that needs products alone.
+    """Return A^+ of matrices A by an iteration of third order that needs products only.
 
     Z_0 = A^T / (|A|_1 |A|_inf),  Z_{j+1} = Z_j (13 I - A Z_j (15 I - A Z_j (7 I - A Z_j))) / 4.
 
@@ -157,20 +161,20 @@ def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
 
 
 class LunaAttention(Attention):
-    """Pack-and-unpack attention: all that rows learn of each other passes the M memory rows.
+    """Pack-and-unpack attention: rows exchange information through the M memory rows only.
 
-    The memory rows are Luna's P, which the model carries from layer to layer, X are the others:
+    The memory rows are Luna's P, which the model carries from layer to layer. X are the others:
 
         Y_P = softmax(P W_Q (X W_K)^T / sqrt(d)) X W_V              packs, (M x d)
         Y_X = softmax(X W_Q (Y_P W'_K)^T / sqrt(d)) Y_P W'_V        unpacks, (N - M x d)
 
-    y holds Y_P and then Y_X behind the output projection. Linear in N.
+    y holds Y_P, and then Y_X after the output projection. Linear in N.
 
     Source: Ma et al. 2021, Section 3.
-    Deviation: P and X share W_Q and the layer norm behind the attention; Luna has one for each.
+    Deviation: P and X share W_Q and the layer norm after the attention; Luna has one for each.
     """
 
-    memory_std = 1.0  # P starts at the scale of an embedding: its rows must differ to pack
+    memory_std = 1.0  # P has the scale of an embedding at first: its rows must differ to pack
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed, so that a replay draws what the first pass drew.
+"""Dropout whose mask is a function of a seed, so that a replay repeats the first pass.
 
 No generator is involved: eager code, torch.compile and CUDA graphs draw the same masks, and AMRB
 stores nothing to repeat them.
@@ -22,18 +22,18 @@ def mix(x: Tensor) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed () int64 on `device` from the CPU's global random state.
+    """Return a seed () int64 on `device`, drawn from the CPU's global random state.
 
-    A CUDA generator would be left unusable by a failed capture, and a copy would wait for the
-    device: the drawn number travels as the argument of a fill.
+    A failed capture would leave a CUDA generator unusable, and a copy would wait for the device.
+    The drawn number is therefore the argument of a fill.
     """
     return torch.full((), int(torch.randint(2**_BITS, ())), device=device)
 
 
 def derive_keys(seed: Tensor, first: int, count: int) -> Tensor:
-    """Keys (count,) int64 of the places `first`, `first + 1`, ... under one seed ()."""
-    places = torch.arange(first, first + count, device=seed.device)
-    return mix(mix(places) ^ seed)
+    """Return keys (count,) int64 of the masks number `first`, `first + 1`, ... of a seed ()."""
+    numbers = torch.arange(first, first + count, device=seed.device)
+    return mix(mix(numbers) ^ seed)
 
 
 def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
@@ -41,7 +41,7 @@ def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
 
     Args:
         x: any shape, fewer than 2**32 elements.
-        key: () int64 that decides the mask; None leaves x as it is.
+        key: () int64 that decides the mask; None returns x unchanged.
     """
     if key is None:
         return x

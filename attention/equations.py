@@ -9,8 +9,8 @@ the paper's symbol; in shapes, as (B, H, N, d), it is one of `model.py`.
     D        = B P_pos B^T              (m x m)               AstromorphicAttention.positions
     R        = B^T D                    (n x m)               its result is phi(R)
 
-    Write, once per segment; nothing that stays depends on n:
-    H_neuron = phi(K)^T V / m           (m x d_v)             keys.mT @ v / terms.scale, together:
+    Write, once per segment; the size of the results does not depend on n:
+    H_neuron = phi(K)^T V / m           (m x d_v)             keys.mT @ v / divisor, together:
     H_astro  = phi(R)^T V / m           (m x d_v)             keys = phi(K) + phi(R)
     H        = H_neuron + H_astro                             hebbian; AT takes its sigmoid
     g        = (sum_t phi(k_t))^alpha   (1 x m)               presynaptic_plasticity
@@ -21,13 +21,12 @@ the paper's symbol; in shapes, as (B, H, N, d), it is one of `model.py`.
     L        = (phi(Q) H) * P + X       (n x d_v)             astromorphic_response + the residual
 
 B (`position_basis`) is learned; m is `num_hidden`, by default d; alpha is `presynaptic_alpha`, the
-divisor is `hebbian_divisor`. The residual "+ X" is the encoder layer's, which adds it once. Padded
-rows are no keys: they are left out of H_neuron, H_astro and g (`mask_rows`), and what the rows
-themselves read carries no meaning. The paper writes P for the position kernel too; here that one is
-P_pos.
+divisor is `hebbian_divisor`. The encoder layer adds the residual "+ X" once. Padded rows are no
+keys: they are left out of H_neuron, H_astro and g (`mask_rows`), and their own responses have no
+meaning. The paper writes P for the position kernel too, which is P_pos here.
 
-`astromorphic_response` is the reference; `fused.py` holds the same function with its gradient
-written out. `astromorphic.py` puts the weights around them.
+`attention_backend: reference` executes `astromorphic_response`. `fused.py` holds the same function
+with a written-out gradient, and `astromorphic.py` the weights.
 
 Source: RMAAT (arXiv 2601.00426), astromorphic attention; AT (arXiv 2312.10925), Eqs. 11-17.
 """
@@ -45,16 +44,16 @@ KERNEL_CHUNK = 128  # rows that the position kernel mixes densely at a time
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """phi(x) = elu(x) + 1: exp(x) below 0, where the sum would cancel, and x + 1 above."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    """Return phi(x) = elu(x) + 1: exp(x) below 0, where the sum would cancel, else x + 1."""
+    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
 
 
 def apply_position_kernel(x: Tensor, decay_scale: float) -> Tensor:
     """Multiply by the kernel P_pos,ij = exp(-|i - j| * decay_scale) in time linear in N.
 
-    Inside a chunk of rows the product is dense. What lies left of a chunk reaches its row i as
-    exp(-decay_scale * (i - start)) times one carried state, and likewise from the right, because
-    the kernel is a first-order recurrence in both directions; every exponent is at most 0.
+    Inside a chunk of rows the product is dense. The kernel is a first-order recurrence in both
+    directions, so the rows left of a chunk reach its row i through one carried state, times
+    exp(-decay_scale * (i - start)), and the rows right of it likewise. No exponent is positive.
 
     Args:
         x: (..., N, d).
@@ -90,12 +89,21 @@ def mask_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """What switches the terms of the attention. The defaults are linear attention."""
+    """The switches of the attention's terms. The defaults are those of linear attention."""
 
     alpha: float = 1.0  # exponent of the presynaptic calcium
-    scale: float = 1.0  # divisor of H
+    divisor: float = 1.0  # of H
     sigmoid: bool = False  # H through a sigmoid
     normalize: bool = True  # P
+
+
+def response_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type to compute a response to inputs of `dtype` in.
+
+    It is float32 for float16. Sums over tokens exceed float16's largest number, 65,504, and P
+    amplifies sums below its smallest.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def astromorphic_response(
@@ -109,16 +117,26 @@ def astromorphic_response(
         mask: (B, N) bool, True at real rows; None if nothing is padded.
         positions: phi(R), (H, N, m), which adds H_astro to H; None leaves it out.
     Returns:
-        The heads' responses (phi(Q) H) * P, (B, H, N, d).
+        The heads' responses (phi(Q) H) * P, (B, H, N, d), of the type of v.
     """
+    dtype = response_dtype(v.dtype)
+    with torch.autocast(v.device.type, enabled=False):
+        response = _response(q.to(dtype), k.to(dtype), v.to(dtype), mask, positions, terms)
+    return response.to(v.dtype)
+
+
+def _response(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None, terms: Terms
+) -> Tensor:
+    """Compute `astromorphic_response` in the type of its arguments."""
     if terms.normalize:
         q = q - row_shift(q)
     q, k = feature_map(q), mask_rows(feature_map(k), mask)
     v = mask_rows(v, mask)
 
     # Write: sums over N, so that no N x N product is formed. H_neuron and H_astro share V.
-    keys = k if positions is None else k + positions
-    hebbian = keys.mT @ v / terms.scale  # H, (B, H, m, d)
+    keys = k if positions is None else k + positions.to(k.dtype)
+    hebbian = keys.mT @ v / terms.divisor  # H, (B, H, m, d)
     if terms.sigmoid:
         hebbian = hebbian.sigmoid()
 
@@ -130,23 +148,34 @@ def astromorphic_response(
 
 
 def row_shift(q: Tensor) -> Tensor:
-    """What brings the greatest q of a row up to 0 where all are below, (..., N, 1), a constant.
+    """Return the largest q of a row if it is negative, else 0, (..., N, 1), a constant.
 
-    There phi is the exponential, so that the shift is a factor of the row of phi(Q), and of C: P
-    undoes it. Without it, C of a row that no neuron hears vanishes and P grows beyond all bounds.
+    Where all q of a row are negative, phi is the exponential. Subtracting the shift then multiplies
+    the row of phi(Q), and its C, by one factor, which P cancels. Without the shift, C of a row of
+    very negative q vanishes and P grows beyond all bounds.
     """
     return q.detach().amax(dim=-1, keepdim=True).clamp(max=0)
 
 
+def least_calcium(dtype: torch.dtype) -> float:
+    """Return the sum of phi(k) below which a neuron's calcium is constant, 6e-16 in float32.
+
+    The gradient of P through g grows up to the power -2 of that sum: it stays in the range of
+    `dtype`. Deviation: the paper has no lower bound.
+    """
+    return torch.finfo(dtype).tiny ** 0.4
+
+
 def presynaptic_plasticity(total: Tensor, alpha: float) -> Tensor:
-    """total^alpha, and 0 with a zero gradient where `total` is 0; g from the sums of phi(k)."""
-    # Both sides of a `where` are differentiated: replace the 0 before its power is taken.
-    positive = total > 0
-    return torch.where(positive, total, 1).pow(alpha) * positive
+    """Return g = total^alpha of the sums `total` of phi(k), and 0 where `total` is 0.
+
+    The gradient is 0 below `least_calcium`, where that of the power would overflow.
+    """
+    return total.clamp(min=least_calcium(total.dtype)).pow(alpha) * (total > 0)
 
 
 def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
-    """C = phi(Q) g^T with g = (sum_t phi(k_t))^alpha.
+    """Return C = phi(Q) g^T with g = (sum_t phi(k_t))^alpha.
 
     Args:
         q, k: phi(Q) and phi(K), (B, H, N, m); k is zero at padding.
@@ -160,7 +189,8 @@ def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
 
 
 def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
-    """P = 1 / C of `calcium_response`, 0 where C is 0, with zero gradient."""
+    """Return P = 1 / C of `calcium_response`, and 0 with a zero gradient where C is 0."""
     calcium = calcium_response(q, k, alpha)
+    # Both sides of a `where` are differentiated: replace the 0 before the reciprocal is taken.
     nonzero = calcium != 0
     return torch.where(nonzero, calcium, 1).reciprocal() * nonzero

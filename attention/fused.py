@@ -1,6 +1,6 @@
-"""The response of `equations.py` as one node of the graph, its gradient written out.
+"""The response of `equations.py` as one node of the graph, with a written-out gradient.
 
-It keeps less than half as much for the backward pass as autograd does, and takes about three
+It saves less than half as much for the backward pass as autograd does, and needs about three
 quarters of the attention's time on a CPU.
 """
 
@@ -14,40 +14,55 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention.equations import Terms, astromorphic_response, row_shift
+from attention.equations import (
+    Terms,
+    astromorphic_response,
+    least_calcium,
+    presynaptic_plasticity,
+    response_dtype,
+    row_shift,
+)
 from attention.heads import join_heads, split_heads
+from lra_config import Config
+
+
+def choose_backend(config: Config) -> str:
+    """Return the implementation that `attention_backend` names, `reference` or `fused`."""
+    return "fused" if config.attention_backend == "auto" else config.attention_backend
 
 
 def respond(
     qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None, positions: Tensor | None,
-    terms: Terms,
+    terms: Terms, backend: str = "fused",
 ) -> Tensor:
     """Write the Hebbian weights of a segment and read them with every query. Linear in N.
 
     Args:
-        qkv: queries, keys and values side by side, (B, N, H (2 m + d)).
+        qkv: queries, keys and values next to each other, (B, N, H (2 m + d)).
         num_hidden: m.
         mask: (B, N) bool, True at real rows; None if nothing is padded.
         positions: phi(R), (H, N, m), which adds H_astro to H; None leaves it out.
+        backend: `reference` or `fused`. Inside `torch.compile` both are the reference, because
+            the compiler fuses the equations itself.
     Returns:
         The heads' responses, (B, N, D).
     """
-    # The compiler fuses the plain form itself.
-    form = plain_response if torch.compiler.is_compiling() else FusedResponse.apply
-    return form(qkv, num_heads, num_hidden, mask, positions, terms)
+    if backend == "fused" and not torch.compiler.is_compiling():
+        return FusedResponse.apply(qkv, num_heads, num_hidden, mask, positions, terms)
+    return reference_response(qkv, num_heads, num_hidden, mask, positions, terms)
 
 
-def plain_response(
+def reference_response(
     qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None, positions: Tensor | None,
     terms: Terms,
 ) -> Tensor:
-    """`respond` by the equations, differentiated by autograd."""
+    """Compute `respond` by the equations, differentiated by autograd."""
     q, k, v = split_heads(qkv, num_heads, num_hidden)
     return join_heads(astromorphic_response(q, k, v, mask, positions, terms))
 
 
 def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep mixed precision out of a node's method, whose first tensor is its second argument."""
+    """Disable autocast in a node's method, whose second argument is a tensor."""
 
     @functools.wraps(function)
     def call(ctx: Any, x: Tensor, *rest: Any) -> Any:
@@ -58,7 +73,7 @@ def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _split_qk(qkv: Tensor, num_heads: int, num_hidden: int) -> tuple[Tensor, Tensor]:
-    """Views of queries and keys in one, (2, B, H, N, m), and of values, (B, H, N, d)."""
+    """Return views of queries and keys together, (2, B, H, N, m), and values, (B, H, N, d)."""
     qk, v = qkv.tensor_split([2 * num_heads * num_hidden], dim=-1)
     qk = qk.unflatten(-1, (2, num_heads, num_hidden)).permute(2, 0, 3, 1, 4)
     return qk, v.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -67,9 +82,9 @@ def _split_qk(qkv: Tensor, num_heads: int, num_hidden: int) -> tuple[Tensor, Ten
 class FusedResponse(torch.autograd.Function):
     """`respond` as one node of the graph.
 
-    It keeps phi(Q), phi(K), V and the responses; autograd through the plain form keeps a copy of
-    almost every intermediate, of the strided heads once per product too. In a lower precision C
-    and P are float32, as in the plain form.
+    It saves phi(Q), phi(K), V and the responses. Autograd through the reference saves almost every
+    intermediate, and copies of the strided heads for each product. The types of C, P and all other
+    intermediates are those of the reference.
     """
 
     @staticmethod
@@ -78,12 +93,13 @@ class FusedResponse(torch.autograd.Function):
         ctx: Any, qkv: Tensor, num_heads: int, num_hidden: int, mask: Tensor | None,
         positions: Tensor | None, terms: Terms,
     ) -> Tensor:
-        qk, v = (  # ours to overwrite
-            x.clone(memory_format=torch.contiguous_format)
+        dtype = response_dtype(qkv.dtype)
+        qk, v = (  # copies, to overwrite
+            x.to(dtype, copy=True, memory_format=torch.contiguous_format)
             for x in _split_qk(qkv, num_heads, num_hidden)
         )
         B, H, N, d = v.shape
-        # Before what goes again, which would leave holes between all that stays.
+        # Before the temporary tensors, which would leave holes between all that is saved.
         output = qkv.new_empty(B, N, H * d)
         if terms.normalize:
             qk[0] -= row_shift(qk[0])
@@ -100,23 +116,23 @@ class FusedResponse(torch.autograd.Function):
             ctx.positions_dtype = positions.dtype
             positions = positions.to(k.dtype)
             keys = k + positions
-        hebbian = (keys.mT @ v).div_(terms.scale)
+        hebbian = (keys.mT @ v).div_(terms.divisor)
         if terms.sigmoid:
             hebbian.sigmoid_()
         response = q @ hebbian
-        total = inverse = None
+        total = plasticity = inverse = None
         heads = output.unflatten(-1, (H, d)).transpose(1, 2)
         if terms.normalize:
             wide = torch.promote_types(q.dtype, torch.float32)
             total = k.sum(dim=2, dtype=wide)  # (B, H, m)
-            # g without a guard: 0^alpha is 0, and only its slope is not.
-            calcium = q.to(wide) @ total.pow(terms.alpha)[..., None]
+            plasticity = presynaptic_plasticity(total, terms.alpha)  # g
+            calcium = q.to(wide) @ plasticity[..., None]
             inverse = calcium.reciprocal().masked_fill_(calcium == 0, 0)  # P
             torch.mul(response, inverse.to(response.dtype), out=heads)
         else:
             heads.copy_(response)
 
-        ctx.save_for_backward(qk, v, mask, positions, hebbian, total, inverse, output)
+        ctx.save_for_backward(qk, v, mask, positions, hebbian, total, plasticity, inverse, output)
         ctx.terms = terms
         return output
 
@@ -124,12 +140,12 @@ class FusedResponse(torch.autograd.Function):
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        qk, v, mask, positions, hebbian, total, inverse, output = ctx.saved_tensors
+        qk, v, mask, positions, hebbian, total, plasticity, inverse, output = ctx.saved_tensors
         q, k = qk
         terms: Terms = ctx.terms
         B, H, N, d = v.shape
         m = q.shape[-1]
-        grad_heads = grad_output.unflatten(-1, (H, d)).transpose(1, 2)
+        grad_heads = grad_output.to(v.dtype).unflatten(-1, (H, d)).transpose(1, 2)
         grad_qk, grad_v, grad_response = (torch.empty_like(x) for x in (qk, v, v))
         grad_q, grad_k = grad_qk
 
@@ -143,7 +159,7 @@ class FusedResponse(torch.autograd.Function):
         grad_hebbian = q.mT @ grad_response
         if terms.sigmoid:
             grad_hebbian *= hebbian * (1 - hebbian)
-        grad_hebbian /= terms.scale
+        grad_hebbian /= terms.divisor
 
         # Write
         torch.matmul(v, grad_hebbian.mT, out=grad_k)
@@ -157,9 +173,10 @@ class FusedResponse(torch.autograd.Function):
             response = output.unflatten(-1, (H, d)).transpose(1, 2)
             grad_calcium = (grad_heads * response).sum(-1, keepdim=True, dtype=inverse.dtype)
             grad_calcium.mul_(inverse).neg_()
-            slope = total.pow(terms.alpha - 1).mul_(terms.alpha).masked_fill_(total == 0, 0)
+            constant = total < least_calcium(total.dtype)
+            slope = total.pow(terms.alpha - 1).mul_(terms.alpha).masked_fill_(constant, 0)
             grad_total = slope[:, :, None] * (grad_calcium.mT @ q.to(inverse.dtype))
-            grad_q.addcmul_(grad_calcium, total.pow(terms.alpha)[:, :, None])
+            grad_q.addcmul_(grad_calcium, plasticity[:, :, None])
             grad_k += grad_total  # (B, H, 1, m)
         grad_qk *= qk.clamp(max=1)  # phi' = min(phi, 1), which is 0 at masked keys
         if mask is not None:

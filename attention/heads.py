@@ -1,4 +1,4 @@
-"""What all attention mechanisms share: heads, projections, and no residual."""
+"""The base of all attention mechanisms: heads and projections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lra_config import Config
 
 
 def split_heads(qkv: Tensor, num_heads: int, num_hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of projected queries, keys and values, which lie side by side.
+    """Return views of projected queries, keys and values, which are next to each other.
 
     Args:
         qkv: (B, N, H (2 m + d)).
@@ -27,16 +27,17 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """What all mechanisms share: the projections, and no residual (the encoder layer owns it).
+    """The projections of a mechanism; the encoder layer adds the residual.
 
     Called as `attention(x, mask, positions) -> y` with x and y (B, N, D), mask (B, N) bool (True at
     real rows) or None, and positions (H, N, m) for the mechanisms that have position terms. Rows
-    of y at padding carry no meaning.
+    of y at padding have no meaning.
     """
 
+    backend: str | None = None  # `reference` or `fused`; None: there is only one implementation
     has_positions = False
     memory_std = 0.02  # of the first memory's initial values
-    num_pass_through_rows = 0  # leading rows that the layer's feed-forward block leaves as they are
+    num_pass_through_rows = 0  # leading rows that the layer's feed-forward block does not change
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (B, H, N, m) and values (B, H, N, d)."""
+        """Return queries and keys (B, H, N, m) and values (B, H, N, d)."""
         return split_heads(self.to_qkv(x), self.num_heads, self.num_hidden)
 
     def merge(self, heads: Tensor) -> Tensor:

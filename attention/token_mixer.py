@@ -1,4 +1,4 @@
-"""An optional convolution in front of the attention. Extension: not part of the paper's model."""
+"""An optional convolution in front of the attention. Extension: off by default; not published."""
 
 from __future__ import annotations
 

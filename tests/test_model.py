@@ -22,7 +22,8 @@ from attention.equations import (
 from attention.fused import FusedResponse
 from attention.heads import join_heads, split_heads
 from lra_config import Config
-from model import build_model, intensity
+from model import build_model
+from readout import intensity
 from training.diagnostics import inspect_model
 from utils import grid_positions, sinusoidal_positions
 
@@ -59,9 +60,9 @@ def plain(qkv, num_heads, num_hidden, *rest):
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("terms", [
     Terms(),
-    Terms(alpha=0.25, scale=4.0),
-    Terms(alpha=0.25, scale=4.0, sigmoid=True),
-    Terms(scale=4.0, normalize=False),
+    Terms(alpha=0.25, divisor=4.0),
+    Terms(alpha=0.25, divisor=4.0, sigmoid=True),
+    Terms(divisor=4.0, normalize=False),
     Terms(sigmoid=True, normalize=False),
 ], ids=str)
 def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
@@ -302,7 +303,7 @@ def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag(lag, S, digits)
     )
     model = build_model(config)
     attention = model.layers[0].attention
-    rows = model.embedding_norm(model.place_code)[None]  # (1, S, D), of no token
+    rows = model.embedding_norm(model.position_code)[None]  # (1, S, D), of no token
     q, _, _ = attention.project(torch.cat([model.memory[None], rows], dim=1))
     weights = feature_map(q[0, 0]) @ attention.positions()[0].T  # (M + S, M + S), row by key
     weights = weights / weights.sum(dim=1, keepdim=True)
@@ -317,7 +318,7 @@ def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag(lag, S, digits)
 def test_the_code_of_places_counts_inside_the_segment_in_features_of_its_own(positions):
     config = tiny_config(**LOCAL | {"position_embedding": positions}, num_hidden=10)
     model = build_model(config)
-    used = model.place_code.any(dim=0)
+    used = model.position_code.any(dim=0)
     first, second = (model._position_embedding(t, 5) for t in (0, 1))
     assert first[:, used].equal(second[:, used]) and len(first[:, used].unique(dim=0)) == 5
     assert first[:, ~used].equal(second[:, ~used]) == (positions == "none")

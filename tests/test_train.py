@@ -18,7 +18,8 @@ from data.packing import load_splits
 from dataloader import training_batches
 from lra_config import ConfigError, dump_config, load_config, make_config
 from lra_datasets import open_dataset
-from model import READOUT_MOMENTUM, build_model
+from model import build_model
+from readout import READOUT_MOMENTUM
 from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics

@@ -1,22 +1,16 @@
 """Small models and batches for the comparison with the references, in double precision.
 
-Every key that a reference assumes is written here, so that a default may change without a test of
-the paper changing its meaning.
+Every key that a reference assumes is set here, so that a new default does not change the meaning of
+a test.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
-import pytest
 import reference
 import torch
 from torch import Tensor
 
-from attention import astromorphic, baselines
-from attention.fused import plain_response
 from dataloader import Batch
 from lra_config import Config, make_config
 from model import RMAAT, build_model
@@ -34,13 +28,13 @@ KEYS = {
     "position_embedding": "learned",
     "num_hidden": None, "hebbian_astro": True, "hebbian_sigmoid": False, "hebbian_divisor": None,
     "presynaptic_alpha": 0.25, "presynaptic_normalize": True, "decay_scale": 0.5,
-    "basis_init": "random",
+    "basis_init": "random", "attention_backend": "fused", "token_mixer": "none",
     "nystrom_landmarks": 4, "nystrom_conv": 3,
 }
 
 ATTENTIONS = ("astro", "softmax", "linear", "nystrom", "luna")
 POOLINGS = ("mean", "last", "memory")
-# Whole; cut inside a segment; nothing; a hole of a whole segment and of single tokens; no start.
+# Full; cut inside a segment; empty; a gap of a full segment and of single tokens; no first tokens.
 MASKS = (
     (1,) * 12,
     (1,) * 7 + (0,) * 5,
@@ -55,7 +49,7 @@ def small_config(**changes) -> Config:
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """In double precision, with noise on every weight: none is 0 or 1, where changes would hide."""
+    """Return it in double precision, with noise on every weight, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():
@@ -66,7 +60,7 @@ def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def small_model(config: Config, seed: int = 0) -> RMAAT:
-    """It runs every segment for every sample, where the rules of padding have to hold."""
+    """Return a model that runs every segment for every sample, padding included."""
     torch.manual_seed(seed)
     model = shaken(build_model(config), seed)
     model.fixed_shapes = True
@@ -74,7 +68,7 @@ def small_model(config: Config, seed: int = 0) -> RMAAT:
 
 
 def small_batch(config: Config, masks: tuple[tuple[int, ...], ...] | None = MASKS) -> Batch:
-    """Random tokens, at padding too; without masks three whole sequences."""
+    """Return random tokens, at padding too; without masks three full sequences."""
     generator = torch.Generator().manual_seed(1)
     B = 3 if masks is None else len(masks)
     tokens = torch.randint(1, 16, (B, config.max_seq_len), generator=generator)
@@ -83,12 +77,12 @@ def small_batch(config: Config, masks: tuple[tuple[int, ...], ...] | None = MASK
 
 
 def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The weights by name, as the references read them."""
+    """Return the weights by name, as the references read them."""
     return {name: value.detach().numpy().copy() for name, value in module.named_parameters()}
 
 
 def reference_logits(model: RMAAT, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What the written-out forward pass makes of the model's weights, (B, C)."""
+    """Return the logits (B, C) of the reference forward pass with the model's weights."""
     weights, keys = arrays(model), model.config.model_dump()
     rows = [
         reference.logits(
@@ -100,18 +94,9 @@ def reference_logits(model: RMAAT, tokens: Tensor, mask: Tensor | None = None) -
 
 
 def close(actual: Numbers, expected: Numbers, tolerance: float = 1e-9) -> None:
-    """Equal up to `tolerance`, relative or absolute, and finite."""
+    """Assert equality up to `tolerance`, relative or absolute, and finite values."""
     actual, expected = (
         value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
         for value in (actual, expected)
     )
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=False)
-
-
-@contextlib.contextmanager
-def plain_form() -> Iterator[None]:
-    """The response by the equations themselves, in the place of its written-out gradient."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (astromorphic, baselines):
-            patch.setattr(module, "respond", plain_response)
-        yield

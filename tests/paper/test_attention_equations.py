@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import arrays, close, plain_form, shaken, small_config, small_model
+from cases import arrays, close, shaken, small_config, small_model
 
 from attention import AstromorphicAttention
 
@@ -28,12 +27,14 @@ def s(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-FORMS = pytest.mark.parametrize("form", [contextlib.nullcontext, plain_form])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "fused"])
 
 
-def hand_worked(queries=Q, keys=K, **changes) -> AstromorphicAttention:
+def hand_worked(backend, queries=Q, keys=K, **changes) -> AstromorphicAttention:
     """The weights of the case above for x = the identity, where Q = W_Q and so on."""
-    attention = AstromorphicAttention(small_config(**BY_HAND, **changes)).double()
+    attention = AstromorphicAttention(
+        small_config(**BY_HAND, attention_backend=backend, **changes)
+    ).double()
     with torch.no_grad():
         attention.to_qkv.weight.copy_(torch.cat([
             torch.tensor(w, dtype=torch.float64).T for w in (queries, keys, V)
@@ -43,16 +44,15 @@ def hand_worked(queries=Q, keys=K, **changes) -> AstromorphicAttention:
     return attention
 
 
-def read(attention, form, positions=None, mask=None) -> torch.Tensor:
+def read(attention, positions=None, mask=None) -> torch.Tensor:
     """What the two rows read, (2, 2)."""
     x = torch.eye(2, dtype=torch.float64)[None]
     mask = None if mask is None else torch.tensor([mask])
     positions = None if positions is None else torch.tensor([positions]).double()
-    with form():
-        return attention(x, mask, positions)[0]
+    return attention(x, mask, positions)[0]
 
 
-@FORMS
+@BACKENDS
 @pytest.mark.parametrize(("changes", "expected"), [
     ({}, [[1.5 / 8, 175 / 8], [2 / 9, 125 / 9]]),
     ({"presynaptic_alpha": 1.0}, [[1.5 / 178, 175 / 178], [2 / 129, 125 / 129]]),
@@ -63,11 +63,11 @@ def read(attention, form, positions=None, mask=None) -> torch.Tensor:
         [3 * s(0.5) / 8, (s(15) + 2 * s(80)) / 8], [4 * s(0.5) / 9, (3 * s(15) + s(80)) / 9],
     ]),
 ], ids=str)
-def test_each_term_of_the_neuronal_response_is_what_it_is_by_hand(form, changes, expected):
-    close(read(hand_worked(**changes), form), expected, 1e-12)
+def test_each_term_of_the_neuronal_response_is_what_it_is_by_hand(backend, changes, expected):
+    close(read(hand_worked(backend, **changes)), expected, 1e-12)
 
 
-@FORMS
+@BACKENDS
 @pytest.mark.parametrize(("changes", "expected"), [
     # m (H_neuron + H_astro) = [1 30; 1 160] + [1 6; 2 8]; g and C know nothing of R.
     ({}, [[4 / 8, 186 / 8], [4.5 / 9, 138 / 9]]),
@@ -76,71 +76,71 @@ def test_each_term_of_the_neuronal_response_is_what_it_is_by_hand(form, changes,
         [(3 * s(1) + s(1.5)) / 9, (3 * s(18) + s(84)) / 9],
     ]),
 ], ids=str)
-def test_the_astrocytic_weight_is_added_to_the_neuronal_one(form, changes, expected):
-    close(read(hand_worked(**changes), form, PHI_R), expected, 1e-12)
+def test_the_astrocytic_weight_is_added_to_the_neuronal_one(backend, changes, expected):
+    close(read(hand_worked(backend, **changes), PHI_R), expected, 1e-12)
 
 
-@FORMS
-def test_a_padded_row_is_no_key_in_either_weight_nor_in_the_calcium(form):
+@BACKENDS
+def test_a_padded_row_is_no_key_in_either_weight_nor_in_the_calcium(backend):
     # Of the first row alone: m H = (phi(k_1) + phi(r_1))^T v_1 = [2 0; 3 0], g = [1 1], C = [3; 4].
-    actual = read(hand_worked(), form, PHI_R, [True, False])
+    actual = read(hand_worked(backend), PHI_R, [True, False])
     close(actual, [[(2 + 2 * 3) / 2 / 3, 0], [(3 * 2 + 3) / 2 / 4, 0]], 1e-12)
 
 
-@FORMS
+@BACKENDS
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_where_no_calcium_flows_the_gain_is_zero_and_so_is_its_gradient(form, sigmoid):
-    attention = shaken(AstromorphicAttention(small_config(hebbian_sigmoid=sigmoid)))
+def test_where_no_calcium_flows_the_gain_is_zero_and_so_is_its_gradient(backend, sigmoid):
+    attention = shaken(AstromorphicAttention(small_config(
+        hebbian_sigmoid=sigmoid, attention_backend=backend
+    )))
     with torch.no_grad():
         attention.to_out.bias.zero_()
     x = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True] * 6, [False] * 6])
-    with form():
-        y = attention(x, mask, attention.positions())
+    y = attention(x, mask, attention.positions())
     assert not y[1].any() and y[0].any()
     y.sum().backward()
     assert not x.grad[1].any() and x.grad[0].any()
     assert all(p.grad.isfinite().all() for p in attention.parameters())
 
 
-@FORMS
-def test_a_silent_neuron_adds_no_calcium_and_no_infinite_slope(form):
+@BACKENDS
+def test_a_silent_neuron_adds_no_calcium_and_no_infinite_slope(backend):
     # phi(-1000) is 0 in double precision: m H = [0 0; 1 160], g = [0 3], C = [6; 3].
-    attention = hand_worked(keys=[[-1000.0, 0.0], [-1000.0, 79.0]])
-    response = read(attention, form)
+    attention = hand_worked(backend, keys=[[-1000.0, 0.0], [-1000.0, 79.0]])
+    response = read(attention)
     close(response, [[1 / 6, 160 / 6], [0.5 / 3, 80 / 3]], 1e-12)
     response.sum().backward()
     assert attention.to_qkv.weight.grad.isfinite().all()
 
 
-@FORMS
-def test_a_row_that_no_neuron_hears_reads_by_the_proportions_of_its_phi(form):
+@BACKENDS
+def test_a_row_that_no_neuron_hears_reads_by_the_proportions_of_its_phi(backend):
     # phi(q_1) = e^-1000 [1 1/2] is 0 in double precision, but for the factor that P undoes:
     # C = 7/2, phi(q_1) (m H) = [3/2 110].
-    attention = hand_worked(queries=[[-1000.0, -1000.0 - math.log(2)], [2.0, 0.0]])
-    response = read(attention, form)
+    attention = hand_worked(backend, queries=[[-1000.0, -1000.0 - math.log(2)], [2.0, 0.0]])
+    response = read(attention)
     close(response, [[0.75 / 3.5, 55 / 3.5], [2 / 9, 125 / 9]], 1e-12)
     response.sum().backward()
     assert attention.to_qkv.weight.grad.isfinite().all()
 
 
-@FORMS
+@BACKENDS
 @pytest.mark.parametrize(("x", "phi"), [
     (-30.0, math.exp(-30)), (-1.0, math.exp(-1)), (0.0, 1.0), (0.5, 1.5), (3.0, 4.0),
 ])
-def test_phi_is_elu_plus_one(form, x, phi):
+def test_phi_is_elu_plus_one(backend, x, phi):
     """With P off, divisor 1 and key and value phi(0) = 1, the response to a query is its phi."""
     config = small_config(
         **BY_HAND | {"dim": 1, "max_seq_len": 1}, hebbian_astro=False, hebbian_divisor=1.0,
-        presynaptic_normalize=False,
+        presynaptic_normalize=False, attention_backend=backend,
     )
     attention = AstromorphicAttention(config).double()
     with torch.no_grad():
         attention.to_qkv.weight.copy_(torch.tensor([[x], [0.0], [1.0]]))
         attention.to_out.weight.fill_(1)
         attention.to_out.bias.zero_()
-    with form():
-        response = attention(torch.ones(1, 1, 1, dtype=torch.float64), None)
+    response = attention(torch.ones(1, 1, 1, dtype=torch.float64), None)
     np.testing.assert_allclose(response.item(), phi, rtol=1e-12)
 
 
@@ -154,12 +154,12 @@ VARIANTS = [
 ]
 
 
-@FORMS
+@BACKENDS
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_attention_and_its_gradient_are_those_of_the_loops(form, variant, padded):
+def test_attention_and_its_gradient_are_those_of_the_loops(backend, variant, padded):
     """The gradient by central differences of the loops, along a random direction per weight."""
-    config = small_config(**variant)
+    config = small_config(**variant, attention_backend=backend)
     keys = config.model_dump()
     attention = shaken(AstromorphicAttention(config))
     n = config.num_memory_tokens + 4
@@ -175,9 +175,8 @@ def test_attention_and_its_gradient_are_those_of_the_loops(form, variant, padded
             for rows, seen in zip(values["x"], real, strict=True)
         ])
 
-    with form():
-        positions = attention.positions() if config.hebbian_astro else None
-        y = attention(x, torch.tensor(real) if padded else None, positions)
+    positions = attention.positions() if config.hebbian_astro else None
+    y = attention(x, torch.tensor(real) if padded else None, positions)
     values = {**arrays(attention), "x": x.detach().numpy()}
     close(y, written_out(values))
 
@@ -197,15 +196,13 @@ def test_attention_and_its_gradient_are_those_of_the_loops(form, variant, padded
         assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6), name
 
 
-@FORMS
-def test_each_layer_and_head_has_its_own_basis(form):
+def test_each_layer_and_head_has_its_own_basis():
     """A change of one head's B in one layer moves that layer's positions of that head alone."""
     model = small_model(small_config(num_layers=3))
-    with form():
-        before = model.positions()
-        with torch.no_grad():
-            model.layers[1].attention.position_basis[1] += 0.1
-        changed = (model.positions() != before).flatten(2).any(dim=2)
+    before = model.positions()
+    with torch.no_grad():
+        model.layers[1].attention.position_basis[1] += 0.1
+    changed = (model.positions() != before).flatten(2).any(dim=2)
     assert changed.tolist() == [[False, False], [False, True], [False, False]]
 
 
