@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -44,6 +44,17 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+Rules = Iterator[tuple[Any, str]]
+
+
+class Group(BaseModel):
+    """Keys that belong together, and the rules that they must obey."""
+
+    def rules(self) -> Rules:
+        """Yield for each rule whether it is broken, and the message for that case."""
+        yield from ()
+
+
 @dataclass(frozen=True)
 class Role:
     """The role of a key, declared beside the key.
@@ -68,7 +79,7 @@ Local = Annotated[Value, Role(outcome=False, local=True, may_change=True, sweep=
 Adjustable = Annotated[Value, Role(may_change=True)]
 
 
-class Data(BaseModel):
+class Data(Group):
     """The task and its files. Lengths count tokens."""
 
     dataset: Model[Dataset]  # the task; see docs/data.md
@@ -111,35 +122,29 @@ class Data(BaseModel):
         """The Pathfinder split used for validation and test."""
         return list(self.training_splits)[-1]
 
-    @model_validator(mode="after")
-    def _check_data(self) -> Data:
-        if self.document_pair == "separate" and self.task.num_documents == 1:
-            raise ValueError(
-                f"document_pair=separate needs two documents, dataset={self.dataset} has one; "
-                "use joint"
-            )
+    def rules(self) -> Rules:
+        yield self.document_pair == "separate" and self.task.num_documents == 1, (
+            f"document_pair=separate needs two documents, dataset={self.dataset} has one; "
+            "use joint"
+        )
         splits = self.pathfinder_split
-        if splits != "hard" and self.dataset != "pathfinder32":
-            raise ValueError(
-                f"pathfinder_split={shown(splits)} chooses contours of pathfinder32, and "
-                f"dataset={self.dataset}; set it to hard"
-            )
+        yield splits != "hard" and self.dataset != "pathfinder32", (
+            f"pathfinder_split={shown(splits)} chooses contours of pathfinder32, and "
+            f"dataset={self.dataset}; set it to hard"
+        )
         if isinstance(splits, dict):
             starts = list(splits.values())
-            if starts[:1] != [0] or sorted(set(starts)) != starts:
-                raise ValueError(
-                    f"pathfinder_split={shown(splits)} must start at step 0 and rise; for example "
-                    "{baseline: 0, intermediate: 5000, hard: 8000}"
-                )
-            if list(splits)[-1] != "hard":
-                raise ValueError(
-                    f"pathfinder_split={shown(splits)} must end with hard, on which a curriculum "
-                    "is evaluated"
-                )
-        return self
+            yield starts[:1] != [0] or sorted(set(starts)) != starts, (
+                f"pathfinder_split={shown(splits)} must start at step 0 and rise; for example "
+                "{baseline: 0, intermediate: 5000, hard: 8000}"
+            )
+            yield list(splits)[-1] != "hard", (
+                f"pathfinder_split={shown(splits)} must end with hard, on which a curriculum "
+                "is evaluated"
+            )
 
 
-class Segments(BaseModel):
+class Segments(Group):
     """The recurrence over segments and its memory."""
 
     num_segments: Model[Size]  # T; null: of the task (paper: 2, 4, 8 or 16)
@@ -160,37 +165,30 @@ class Segments(BaseModel):
         """T of each sequence that the encoder reads."""
         return self.num_segments // self.num_sequences
 
-    @model_validator(mode="after")
-    def _check_segments(self) -> Segments:
-        if self.max_seq_len % self.num_segments:
-            padded = -(-self.max_seq_len // self.num_segments) * self.num_segments
-            raise ValueError(
-                f"max_seq_len={self.max_seq_len} does not split into num_segments="
-                f"{self.num_segments} equal segments; set max_seq_len={padded} or another "
-                "num_segments"
-            )
+    def rules(self) -> Rules:
+        padded = -(-self.max_seq_len // self.num_segments) * self.num_segments
+        yield padded != self.max_seq_len, (
+            f"max_seq_len={self.max_seq_len} does not split into num_segments="
+            f"{self.num_segments} equal segments; set max_seq_len={padded} or another num_segments"
+        )
         documents = self.task.num_documents
         one_for_both = self.num_segments == 1 and self.document_pair == "joint"
-        if self.num_segments % documents and not one_for_both:
-            raise ValueError(
-                f"num_segments={self.num_segments} does not give each of the {documents} "
-                f"documents of {self.dataset} full segments; use a multiple of {documents}"
-            )
+        yield self.num_segments % documents and not one_for_both, (
+            f"num_segments={self.num_segments} does not give each of the {documents} "
+            f"documents of {self.dataset} full segments; use a multiple of {documents}"
+        )
         T = self.segments_per_sequence
-        if isinstance(self.replay_segments, int) and self.replay_segments >= T:
-            raise ValueError(
-                f"replay_segments={self.replay_segments} of {T} segments: the last one is never "
-                f"replayed; use all, auto, or 0 to {T - 1}"
-            )
-        if self.replay_segments != "all" and not self.memory_replay_backprop:
-            raise ValueError(
-                f"replay_segments={self.replay_segments} belongs to AMRB, and "
-                "memory_replay_backprop=False; set replay_segments=all"
-            )
-        return self
+        yield isinstance(self.replay_segments, int) and self.replay_segments >= T, (
+            f"replay_segments={self.replay_segments} of {T} segments: the last one is never "
+            f"replayed; use all, auto, or 0 to {T - 1}"
+        )
+        yield self.replay_segments != "all" and not self.memory_replay_backprop, (
+            f"replay_segments={self.replay_segments} belongs to AMRB, and "
+            "memory_replay_backprop=False; set replay_segments=all"
+        )
 
 
-class Encoder(BaseModel):
+class Encoder(Group):
     """The encoder, its embeddings and its read-out. Widths count features.
 
     The paper publishes none of these values.
@@ -216,62 +214,47 @@ class Encoder(BaseModel):
     # Extension: a residual depthwise 3 x 3 convolution over pixels in front of each attention
     token_mixer: Model[Literal["none", "conv3x3"]] = "none"
 
-    @model_validator(mode="after")
-    def _check_encoder(self) -> Encoder:
-        if self.dim % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide dim={self.dim}; "
-                "choose a num_heads that does"
-            )
-        if self.position_embedding == "sinusoidal" and self.dim % 2:
-            raise ValueError(
-                f"dim={self.dim} is odd; position_embedding=sinusoidal needs an even dim"
-            )
-        if self.position_init != "noise" and (self.position_embedding != "learned" or self.dim % 2):
-            raise ValueError(
-                f"position_init={self.position_init} initializes learned positions of even width, "
-                f"and position_embedding={self.position_embedding} has dim={self.dim}; set "
-                "position_embedding=learned and an even dim, or position_init=noise"
-            )
-        if self.position_init == "sinusoidal_2d" and not self.task.is_image:
-            raise ValueError(
-                f"position_init=sinusoidal_2d needs the rows and columns of an image, and dataset="
-                f"{self.dataset} has none; use sinusoidal"
-            )
-        if self.pooling == "intensity" and not self.task.is_image:
-            raise ValueError(
-                f"pooling=intensity weighs pixels, and dataset={self.dataset} has none; use mean"
-            )
-        if self.pooling == "memory" and not self.num_memory_tokens:
-            raise ValueError(
-                "pooling=memory reads the memory tokens, and num_memory_tokens=0; "
-                "set num_memory_tokens to 1 or more, or pooling to mean or last"
-            )
-        if self.token_embedding == "ordinal" and self.task.tokenizer is not ByteTokenizer:
-            raise ValueError(
-                f"token_embedding=ordinal needs ordered ids, and dataset={self.dataset} has none; "
-                "use random"
-            )
-        self._check_token_mixer()
-        return self
-
-    def _check_token_mixer(self) -> None:
-        if self.token_mixer == "none":
-            return
-        if not self.task.is_image or self.max_seq_len != self.task.max_seq_len:
-            raise ValueError(
-                f"token_mixer=conv3x3 needs the pixels of an image, and dataset={self.dataset} has "
-                f"max_seq_len={self.max_seq_len}; use it with cifar10 or pathfinder32 and their "
-                "own length"
-            )
-        if self.segment_len % self.image_width:
-            raise ValueError(
-                f"token_mixer=conv3x3 needs segments of full rows, and num_segments="
-                f"{self.num_segments} cuts the {self.image_width} rows; use a divisor"
-            )
+    def rules(self) -> Rules:
+        yield self.dim % self.num_heads, (
+            f"num_heads={self.num_heads} does not divide dim={self.dim}; "
+            "choose a num_heads that does"
+        )
+        yield self.position_embedding == "sinusoidal" and self.dim % 2, (
+            f"dim={self.dim} is odd; position_embedding=sinusoidal needs an even dim"
+        )
+        learned = self.position_embedding == "learned" and self.dim % 2 == 0
+        yield self.position_init != "noise" and not learned, (
+            f"position_init={self.position_init} initializes learned positions of even width, "
+            f"and position_embedding={self.position_embedding} has dim={self.dim}; set "
+            "position_embedding=learned and an even dim, or position_init=noise"
+        )
+        yield self.position_init == "sinusoidal_2d" and not self.task.is_image, (
+            f"position_init=sinusoidal_2d needs the rows and columns of an image, and dataset="
+            f"{self.dataset} has none; use sinusoidal"
+        )
+        yield self.pooling == "intensity" and not self.task.is_image, (
+            f"pooling=intensity weighs pixels, and dataset={self.dataset} has none; use mean"
+        )
+        yield self.pooling == "memory" and not self.num_memory_tokens, (
+            "pooling=memory reads the memory tokens, and num_memory_tokens=0; "
+            "set num_memory_tokens to 1 or more, or pooling to mean or last"
+        )
+        yield self.token_embedding == "ordinal" and self.task.tokenizer is not ByteTokenizer, (
+            f"token_embedding=ordinal needs ordered ids, and dataset={self.dataset} has none; "
+            "use random"
+        )
+        mixes = self.token_mixer == "conv3x3"
+        yield mixes and not (self.task.is_image and self.max_seq_len == self.task.max_seq_len), (
+            f"token_mixer=conv3x3 needs the pixels of an image, and dataset={self.dataset} has "
+            f"max_seq_len={self.max_seq_len}; use it with cifar10 or pathfinder32"
+        )
+        yield mixes and self.segment_len % self.image_width, (
+            f"token_mixer=conv3x3 needs segments of full rows, and num_segments="
+            f"{self.num_segments} cuts the {self.image_width} rows; use a divisor"
+        )
 
 
-class Attention(BaseModel):
+class Attention(Group):
     """The attention inside a segment. Each term of the astromorphic attention is one switch."""
 
     # astro: RMAAT and AT; softmax: RMT and the Transformer; linear: RLT; docs/comparing.md
@@ -312,54 +295,46 @@ class Attention(BaseModel):
         """The number of leading features that the position code takes; 0 without it."""
         return sum(self.position_code_digits) + 1 if self.copies_neighbors else 0
 
-    @model_validator(mode="after")
-    def _check_attention(self) -> Attention:
-        if self.num_hidden and self.attention_type not in ("astro", "linear"):
-            raise ValueError(
-                f"num_hidden={self.num_hidden} belongs to attention_type astro and linear, and "
-                f"attention_type={self.attention_type}; set num_hidden=null"
-            )
-        if self.attention_type == "luna" and not self.num_memory_tokens:
-            raise ValueError(
-                "attention_type=luna packs the sequence into the memory tokens, and "
-                "num_memory_tokens=0; set it to 1 or more (Luna-256: 256)"
-            )
-        if self.nystrom_conv and self.nystrom_conv % 2 == 0:
-            raise ValueError(
-                f"nystrom_conv={self.nystrom_conv} has no middle; use an odd width, or 0 for none"
-            )
+    def rules(self) -> Rules:
+        yield self.num_hidden and self.attention_type not in ("astro", "linear"), (
+            f"num_hidden={self.num_hidden} belongs to attention_type astro and linear, and "
+            f"attention_type={self.attention_type}; set num_hidden=null"
+        )
+        yield self.attention_type == "luna" and not self.num_memory_tokens, (
+            "attention_type=luna packs the sequence into the memory tokens, and "
+            "num_memory_tokens=0; set it to 1 or more (Luna-256: 256)"
+        )
+        yield self.nystrom_conv and self.nystrom_conv % 2 == 0, (
+            f"nystrom_conv={self.nystrom_conv} has no middle; use an odd width, or 0 for none"
+        )
         if self.copies_neighbors:
-            self._check_neighbors()
-        if self.position_init == "sinusoidal_2d" and self.dim - self.position_code_width < 4:
-            raise ValueError(
-                f"position_init=sinusoidal_2d needs 4 features or more, and dim={self.dim} leaves "
-                f"{self.dim - self.position_code_width} next to the position code; raise dim"
-            )
-        return self
+            yield from self._neighbor_rules()
+        yield self.position_init == "sinusoidal_2d" and self.dim - self.position_code_width < 4, (
+            f"position_init=sinusoidal_2d needs 4 features or more, and dim={self.dim} leaves "
+            f"{self.dim - self.position_code_width} next to the position code; raise dim"
+        )
 
-    def _check_neighbors(self) -> None:
+    def _neighbor_rules(self) -> Rules:
         m, S = self.num_hidden or self.dim // self.num_heads, self.segment_len
-        if self.position_code_width >= self.dim:
-            raise ValueError(
-                f"basis_init=neighbors distinguishes the {S} tokens of a segment by "
-                f"{self.position_code_width} features and leaves none of dim={self.dim} to the "
-                "tokens; raise dim, num_segments or neighbor_code_digits"
-            )
-        if self.position_embedding == "sinusoidal":
-            raise ValueError(
-                "basis_init=neighbors has features of its own for positions, which "
-                "position_embedding=sinusoidal would overwrite; use learned or none"
-            )
-        if m != S:
-            raise ValueError(
-                f"basis_init=neighbors has one neuron for each of the {S} tokens of a segment, and "
-                f"num_hidden={m}; set it to {S}"
-            )
-        if not self.neighbor_offsets:
-            raise ValueError("neighbor_offsets=[] names no neighbor; use [-1, 1], for example")
+        yield self.position_code_width >= self.dim, (
+            f"basis_init=neighbors distinguishes the {S} tokens of a segment by "
+            f"{self.position_code_width} features and leaves none of dim={self.dim} to the "
+            "tokens; raise dim, num_segments or neighbor_code_digits"
+        )
+        yield self.position_embedding == "sinusoidal", (
+            "basis_init=neighbors has features of its own for positions, which "
+            "position_embedding=sinusoidal would overwrite; use learned or none"
+        )
+        yield m != S, (
+            f"basis_init=neighbors has one neuron for each of the {S} tokens of a segment, and "
+            f"num_hidden={m}; set it to {S}"
+        )
+        yield not self.neighbor_offsets, (
+            "neighbor_offsets=[] names no neighbor; use [-1, 1], for example"
+        )
 
 
-class Optimization(BaseModel):
+class Optimization(Group):
     """The training. Intervals count optimizer steps."""
 
     # Weights to start from: a last.pt, a best.pt or a .safetensors; the optimizer starts anew
@@ -391,25 +366,22 @@ class Optimization(BaseModel):
         """Return whether a validation accuracy ends the run."""
         return self.target_accuracy is not None and val_accuracy >= self.target_accuracy
 
-    @model_validator(mode="after")
-    def _check_optimization(self) -> Optimization:
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}; "
-                "lower warmup_steps"
-            )
-        if self.readout_norm == "batch" and self.bucket_by_length:
-            # Statistics over similar lengths are not those of an evaluation.
-            raise ValueError(
-                "readout_norm=batch takes its statistics from the batch, and "
-                "bucket_by_length=True fills it with similar lengths; set one of them off"
-            )
-        if self.readout_norm == "batch" and self.batch_size < 2:
-            raise ValueError("readout_norm=batch has no statistics at batch_size=1; use 2 or more")
-        return self
+    def rules(self) -> Rules:
+        yield self.warmup_steps > self.max_steps, (
+            f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}; "
+            "lower warmup_steps"
+        )
+        # Statistics over similar lengths are not those of an evaluation.
+        yield self.readout_norm == "batch" and self.bucket_by_length, (
+            "readout_norm=batch takes its statistics from the batch, and bucket_by_length=True "
+            "fills it with similar lengths; set one of them off"
+        )
+        yield self.readout_norm == "batch" and self.batch_size < 2, (
+            "readout_norm=batch has no statistics at batch_size=1; use 2 or more"
+        )
 
 
-class ExecutionKeys(BaseModel):
+class ExecutionKeys(Group):
     """How a machine executes the same computation."""
 
     # auto: CUDA if there is a device
@@ -425,7 +397,7 @@ class ExecutionKeys(BaseModel):
     checkpoint_interval: Execution[Size | None] = None  # steps between checkpoints; null: 30 s
 
 
-class Logging(BaseModel):
+class Logging(Group):
     """The run's folder and its log."""
 
     output_dir: Local[str] = "runs"  # the run's folder is output_dir/run_name
@@ -440,13 +412,10 @@ class Logging(BaseModel):
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.run_name
 
-    @model_validator(mode="after")
-    def _check_run_name(self) -> Logging:
-        if not re.fullmatch(r"[\w.+-]+", self.run_name) or self.run_name in {".", ".."}:
-            raise ValueError(
-                f"run_name={shown(self.run_name)} names a folder; use letters, digits and . _ + -"
-            )
-        return self
+    def rules(self) -> Rules:
+        yield not re.fullmatch(r"[\w.+-]+", self.run_name) or self.run_name in {".", ".."}, (
+            f"run_name={shown(self.run_name)} names a folder; use letters, digits and . _ + -"
+        )
 
 
 # Pydantic collects fields from the last base to the first.
@@ -458,7 +427,7 @@ class Config(Logging, ExecutionKeys, Optimization, Attention, Encoder, Segments,
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    groups: ClassVar[tuple[type[BaseModel], ...]] = (
+    groups: ClassVar[tuple[type[Group], ...]] = (
         Data, Segments, Encoder, Attention, Optimization, ExecutionKeys, Logging,
     )
 
@@ -480,6 +449,14 @@ class Config(Logging, ExecutionKeys, Optimization, Attention, Encoder, Segments,
         values.setdefault("num_segments", task.num_segments if task else 1)
         values.setdefault("run_name", name)
         return values
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Config:
+        for group in self.groups:
+            for is_broken, message in group.rules(self):
+                if is_broken:
+                    raise ValueError(message)
+        return self
 
     @classmethod
     def keys(cls, attribute: str) -> list[str]:
@@ -645,30 +622,18 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, list[Any]]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {shown(override)} is not of the form key=value")
+        # A flow sequence splits at the same commas. A comment must not hide its end.
         source = f"override {shown(override)}"
-        # A flow sequence splits at the same commas as our list does. Its end has a line of its own,
-        # as a comment would hide it.
-        parsed[key] = (
-            _parse_yaml(f"[{text}\n]", source) if "," in text else [_parse_yaml(text, source)]
-        )
-        if not parsed[key]:
-            raise ConfigError(f"{source} holds no value")
+        parsed[key] = _parse_yaml(f"[{text}\n]" if text else "[null]", source)
     return parsed
 
 
 def single_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read `key=value` strings with one value each.
-
-    Raises:
-        ConfigError: one of them is a list, or not of the form key=value.
-    """
+    """Read `key=value` strings with one value each. Raises ConfigError."""
     parsed = parse_overrides(overrides)
     for key, values in parsed.items():
         if len(values) != 1:
-            raise ConfigError(
-                f"{key}={','.join(map(shown, values))} holds {len(values)} values; give one, as "
-                "only a training command accepts several"
-            )
+            raise ConfigError(f"{key} has {len(values)} values; only a training accepts several")
     return {key: value for key, (value,) in parsed.items()}
 
 

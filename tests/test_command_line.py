@@ -445,7 +445,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     build_model(tiny_config(num_layers=1)).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "num_layers": 2}))
-    with pytest.raises(RuntimeError, match=r"layers\.1"):
+    with pytest.raises((RuntimeError, checkpoint.CheckpointError), match=r"layers\.1"):
         RMAAT.from_pretrained(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors.*another model"):
         predict.load_trained(tmp_path / "model.safetensors")
