@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from lra_config import Config, ConfigError, dump_config, load_config, make_config
-from run.files import atomic_write, complaint, locked, read_json, remove
+from run.files import atomic_write, complaint, locked, read_json
 from run.log import read_metrics
 from run.processes import current_processes
 from run.program import UserError, log_line, one_line, shown
@@ -174,13 +174,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path, schema: type[TrainedModel] = TrainedModel) -> Any:
-    """Read a checkpoint, or a `.safetensors` file with the `config.json` next to it.
+    """Read a checkpoint, or a `.safetensors` file with its `config.json`, as a `schema`.
 
-    Args:
-        path: of the file.
-        schema: the part of it to return.
-    Returns:
-        An instance of `schema`.
     Raises:
         CheckpointError: there is none, it has another structure, or a weight is not finite.
     """
@@ -204,11 +199,7 @@ def read(path: Path, schema: type[TrainedModel] = TrainedModel) -> Any:
 
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Raise CheckpointError where the contents of `path` do not fit the model they are loaded into.
-
-    Raises:
-        CheckpointError: in place of the error of `load_state_dict`.
-    """
+    """Raise CheckpointError where what was read from `path` does not fit the model."""
     try:
         yield
     except Exception as error:
@@ -233,7 +224,7 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         with locked(folder / "run.lock", "trains there", ", or set another run_name"):
             for stale in folder.glob("*.part"):  # of a process that was killed
-                remove(stale)
+                stale.unlink()
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty

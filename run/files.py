@@ -87,19 +87,9 @@ def complaint(error: ValidationError) -> str:
     return one_line(f"{'.'.join(map(str, first['loc']))} {message}".strip(), 160)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder; one that is absent is no error."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def locked(path: str | Path, work: str, advice: str = "", *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` while the body runs.
-
-    The operating system releases the lock when the process ends.
+    """Hold the lock file `path` while the body runs, or until the process ends.
 
     Args:
         path: in a folder that exists.
@@ -134,11 +124,8 @@ def locked(path: str | Path, work: str, advice: str = "", *, wait: bool = False)
 def atomic_folder(target: str | Path, work: str = "writes it") -> Iterator[Path]:
     """Yield an empty folder that becomes `target` if the body succeeds, and is removed otherwise.
 
-    One process at a time makes the same folder; others wait.
+    One process at a time makes the same folder; others wait, with a line that names the `work`.
 
-    Args:
-        target: its parents are created if they are missing.
-        work: what is done, for the message of those who wait.
     Raises:
         FileExistsError: `target` exists, possibly after the wait.
         OSError: the folder cannot be written; the error names a file.
@@ -149,7 +136,7 @@ def atomic_folder(target: str | Path, work: str = "writes it") -> Iterator[Path]
     part = target.with_name(target.name + ".part")
     with locked(target.with_name(target.name + ".lock"), work, wait=True):
         _check_absent(target)
-        remove(part)  # of a process that was killed
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         try:
             with named_os_errors(target):
                 part.mkdir()

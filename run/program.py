@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 LINE_LENGTH = 400  # characters of a message
 VALUE_LENGTH = 100  # characters of a value in a message
@@ -37,24 +36,16 @@ class UserError(Exception):
     met_by_all = True  # every process of a run meets it, so that the first one reports it
 
     def __init__(self, message: object = "", *, exit_status: int = 2, alone: bool = False) -> None:
-        """Store the message.
-
-        Args:
-            message: what is wrong and how to correct it.
-            exit_status: of the command.
-            alone: one process of several meets it, and reports it whichever it is.
-        """
+        """Store the message; `alone`: any one of several processes may meet and report it."""
         super().__init__(message)
         self.exit_status = exit_status
-        if alone:
-            self.met_by_all = False
+        self.met_by_all = self.met_by_all and not alone
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
-@dataclass(frozen=True)
-class Launched:
+class Launched(NamedTuple):
     """The rank of a process and the number of processes, on all machines and on this one."""
 
     rank: int = 0
@@ -71,25 +62,13 @@ def launched_processes() -> Launched:
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return Launched()
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise UserError(f"WORLD_SIZE is set without {name}; start the processes with torchrun")
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        text = os.environ.get(name, "1" if name == "LOCAL_WORLD_SIZE" else "")
-        if not (text.isascii() and text.isdigit()):
-            raise UserError(
-                f"{name}={shown(text)} in the environment is not a number; start the processes "
-                "with torchrun, or unset WORLD_SIZE"
-            )
-        numbers[name.lower()] = int(text)
-    launched = Launched(**numbers)
-    if launched.rank >= launched.world_size:
+    try:
+        return Launched(*(int(os.environ[name.upper()]) for name in Launched._fields))
+    except (KeyError, ValueError) as error:
         raise UserError(
-            f"RANK={launched.rank} in the environment, of {launched.world_size} processes; start "
-            "them with torchrun"
-        )
-    return launched
+            f"WORLD_SIZE is set as by torchrun, but not all of its variables ({error}); start the "
+            "processes with torchrun, or unset WORLD_SIZE"
+        ) from None
 
 
 def is_first_process() -> bool:
@@ -199,13 +178,6 @@ def interruption(status: int, step: int) -> UserError:
     )
 
 
-ADVICE = {
-    errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
-    errno.EACCES: "make it writable or name another", errno.EROFS: "name another",
-    errno.EISDIR: "name a file", errno.ENOENT: "name one that exists",
-}
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a wrong argument in one line, without the usage text."""
 
@@ -214,11 +186,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(name: str, body: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status.
+    """Run a command and return its exit status: 0, or that of an error after one line on stderr.
 
-    Returns:
-        What `body` returns, or 0; 2 for an error that the user can correct, or what the error
-        says, after one line on standard error; 130 after SIGINT, 143 after SIGTERM.
+    An error that the user can correct has the status 2, SIGINT 130 and SIGTERM 143.
     """
     try:
         return body() or 0
@@ -229,7 +199,7 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
         return 0
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
-        advice = ADVICE.get(error.errno, "check that it exists and can be used")
+        advice = "free some space" if error.errno == errno.ENOSPC else "name another, or repair it"
         return fail(name, f"{reason}; {advice}", 2, by_all=False)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
