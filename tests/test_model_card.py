@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT, refusal, tiny_config
 from huggingface_hub import ModelCard, hub_mixin
 
 from model import RMAAT, build_model
@@ -89,6 +89,26 @@ def test_a_damaged_summary_is_told_in_one_line(run, tmp_path):
     (tmp_path / "run/summary.json").write_text("{")
     with pytest.raises(checkpoint.CheckpointError, match=r"summary\.json: not a readable"):
         RMAAT.from_pretrained(tmp_path / "run")
+
+def test_from_pretrained_takes_a_configuration_or_single_keys(run):
+    config = RMAAT.from_pretrained(run).config
+    changed = RMAAT.from_pretrained(run, config=config, precision="bfloat16")
+    assert changed.config == config.model_copy(update={"precision": "bfloat16"})
+    assert RMAAT.from_pretrained(run, config={"precision": "float16"}).precision == "float16"
+    assert RMAAT.from_pretrained(run, torch_dtype=torch.float64).memory.dtype == torch.float64
+
+
+def test_what_from_pretrained_cannot_load_is_refused_in_one_line(run, tmp_path):
+    assert "holds no config.json" in refusal(RMAAT.from_pretrained, tmp_path)
+    assert "another model's" in refusal(lambda: RMAAT.from_pretrained(run, num_layers=1))
+    assert "unknown key colour" in refusal(lambda: RMAAT.from_pretrained(run, colour=1))
+
+
+@pytest.mark.parametrize("origin", ["incomplete", "unknown"])
+def test_the_card_passes_on_what_is_known_of_the_data(run, origin):
+    model = RMAAT.from_pretrained(run)
+    card = model_card(model.config, {**model.summary, "data": origin})
+    assert f"| data | {origin}; " in card and "not tested on the complete" in card
 
 
 def test_the_committed_card_is_what_its_run_gives():

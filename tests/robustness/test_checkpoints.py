@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch
 from conftest import assert_refused, refusal, run_cli, tiny_config
 
 from data.packing import DataError
-from predict import load_trained, predict
+from predict import load_trained
 from run import checkpoint
-from run.checkpoint import TrainedModel, TrainingState, finished, load_state
+from run.checkpoint import finished, load_state
 from run.log import read_metrics
 from train import train
 
@@ -84,11 +83,6 @@ def test_a_truncated_checkpoint_is_refused(run):
     assert str(path) in refusal(checkpoint.read, path)
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
-    for name in ("last.pt", "model.safetensors"):
-        assert f"{name}: no such checkpoint" in refusal(checkpoint.read, tmp_path / name)
-
-
 NAN = torch.tensor(float("nan"))
 STATES = {
     "no model": ("model", ...), "a list for a model": ("model", []),
@@ -128,14 +122,6 @@ def test_the_state_of_another_model_is_refused_and_the_run_is_unchanged(
     line = refusal(train, config_of(listops_dir, run.parent), True)
     assert "another model's" in line and str(path) in line
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
-
-
-def test_a_state_is_saved_and_read_unchanged(run, tmp_path):
-    state = checkpoint.read(run / "last.pt", TrainingState)
-    checkpoint.save(tmp_path / "again.pt", state)
-    again = checkpoint.read(tmp_path / "again.pt", TrainingState)
-    assert again.progress == state.progress and again.config == state.config
-    assert all(torch.equal(again.model[name], state.model[name]) for name in state.model)
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_to_the_same_end(run, listops_dir, tmp_path):
@@ -200,12 +186,6 @@ def test_weights_that_are_not_finite_predict_nothing(run):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("line", [b"\x00", b"\xff\xfe", b"9" * 5000, b"[MAX " * 5000])
-def test_a_wrong_line_of_input_is_named_by_its_row(run, line):
-    model = load_trained(run / "best.pt")
-    assert "input row 2" in refusal(list, predict(model, [b"[MAX 1 2 ]", line], "input"))
-
-
 # The log and the summary
 
 
@@ -230,21 +210,3 @@ def test_the_last_row_of_a_log_may_be_cut_short(run):
 def test_a_damaged_summary_means_that_the_run_is_not_finished(run, listops_dir, content):
     (run / "summary.json").write_bytes(content)
     assert finished(config_of(listops_dir, run.parent)) is None
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(run, monkeypatch):
-    before = (run / "last.pt").read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    line = refusal(checkpoint.save, run / "last.pt", {})
-    assert "No space left on device" in line and "previous checkpoint is kept" in line
-    assert (run / "last.pt").read_bytes() == before and not list(run.glob("*.part"))
-
-
-def test_what_was_read_has_only_the_parts_of_its_schema(run):
-    state = checkpoint.read(run / "last.pt")
-    assert type(state) is TrainedModel and not hasattr(state, "optimizer")
-    assert json.dumps(state.config)

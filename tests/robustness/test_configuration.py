@@ -57,20 +57,6 @@ def test_a_wrong_override_is_refused_in_one_line(tmp_path, override, words):
     assert words in refusal(load_runs, path, [override])
 
 
-def test_the_values_of_every_kind_are_read(tmp_path):
-    path = written(
-        tmp_path,
-        b"dataset: 'listops'\nseed: +7\nlearning_rate: 1e-3\nweight_decay: .5\ngrad_clip: 2.\n"
-        b"wandb: off\ncompile: auto\nnum_hidden:\nneighbor_offsets: [-1, 2]\n",
-    )
-    config = load_config(path)
-    assert (config.seed, config.learning_rate, config.weight_decay, config.grad_clip) == (
-        7, 1e-3, 0.5, 2.0
-    )
-    assert config.wandb is False and config.num_hidden is None
-    assert config.neighbor_offsets == [-1, 2]
-
-
 @pytest.mark.parametrize("values", [
     {"dataset": {}}, {"dataset": "listops", "run_name": ["x"]},
     {"dataset": "listops", "seed": "x" * 10**6}, {f"key{i}": i for i in range(10**4)},

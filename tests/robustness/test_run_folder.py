@@ -86,16 +86,6 @@ def test_half_written_files_of_killed_processes_are_removed(tmp_path):
         assert sorted(os.listdir(tmp_path)) == ["last.pt", "run.lock"]
 
 
-@pytest.mark.parametrize(("output_dir", "words"), [
-    ("/proc/runs", "/proc/runs"), ("tiny.yaml", "tiny.yaml"), ("a" * 300, "too long"),
-])
-def test_a_folder_that_cannot_be_created_is_named(tmp_path, listops_dir, output_dir, words):
-    write_config(tmp_path, listops_dir)
-    result = run_cli("--config", "tiny.yaml", f"output_dir={output_dir}", cwd=tmp_path)
-    assert_refused(result, words)
-    assert os.listdir(tmp_path) == ["tiny.yaml"]
-
-
 # Kills and signals
 
 
@@ -245,17 +235,11 @@ def test_the_others_end_with_one_line_when_a_process_is_killed(tmp_path, listops
     assert checkpoint.load(tmp_path / "runs/run/last.pt")["progress"]["step"] > 0
 
 
-@pytest.mark.parametrize(("variables", "words"), [
-    ({}, "WORLD_SIZE is set without MASTER_ADDR"),
-    ({"RANK": "x"}, "RANK='x'"), ({"RANK": "2"}, "RANK=2"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
-], ids=str)
-def test_an_environment_that_no_launcher_sets_is_refused(monkeypatch, variables, words):
-    launched = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    if variables:
-        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **variables}
-    for name, value in launched.items():
+@pytest.mark.parametrize("variables", [{}, {"RANK": "x"}], ids=str)
+def test_an_environment_that_no_launcher_sets_is_refused(monkeypatch, variables):
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match="start the processes with torchrun"):
         launched_processes()
 
 
