@@ -10,6 +10,9 @@ from statistics import mean, stdev
 import pytest
 from conftest import ROOT
 
+from lra_config import load_config
+from tables import ABLATIONS, ACCURACY, SYSTEMS, TASKS
+
 PAGES = sorted((ROOT / "results").rglob("*.md"))
 LINK = re.compile(r"\[[^]]*\]\(([^)#]+)\)")
 ROUNDING = 0.0501  # a figure has one decimal; the pages round 18.55 to 18.6 and 17.85 to 17.8
@@ -31,7 +34,8 @@ def tables(page: Path) -> list[list[dict[str, str]]]:
     blocks = re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.M)
     found = []
     for block in blocks:
-        heads, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in block.splitlines())
+        lines = [line.split("|")[1:-1] for line in block.splitlines()]
+        heads, _, *rows = [[cell.strip() for cell in cells] for cells in lines]
         found.append([dict(zip(heads, row, strict=True)) for row in rows])
     return found
 
@@ -84,6 +88,25 @@ def test_linked_figures_are_test_accuracies(page):
                     assert_states(figure[1], [100 * run["test_accuracy"] for run in runs], str(row))
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_published_figures_are_those_of_the_paper(task):
+    """The Linear Transformer's are marked as those of the Long Range Arena release."""
+    keys = {name: key for key, name in SYSTEMS.items()}
+    for table in tables(ROOT / "results" / task / "README.md"):
+        for row in table:
+            system = re.match(r"\[([^],]+)", next(iter(row.values())))
+            cell = row.get("published, %") or row.get("published on AAN, %")
+            if not system or not cell:
+                continue
+            name = system[1]
+            assert ("(LRA)" in cell) == (name == "Linear Transformer"), row
+            if name.isdecimal():
+                expected = ABLATIONS[f"segments_{name}"][task]
+            else:
+                expected = ACCURACY[keys.get(name, "rmaat")][task]
+            assert float(cell.removesuffix(" (LRA)")) == expected, row
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tables_have_at_most_seven_columns(page):
     assert max((len(row) for table in tables(page) for row in table), default=0) <= 7
@@ -98,3 +121,15 @@ def test_means_of_several_seeds_are_marked():
                 cell = row.get("test, %", "")
                 if len(runs) > 1 and cell:
                     assert "±" in cell or len(cell.split(",")) == len(runs), (page, row)
+
+
+def test_commands_name_valid_configurations():
+    commands = [
+        line.split("#")[0].split()[2:]
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if line.startswith("python run_train.py --config")
+    ]
+    assert len(commands) > 10
+    for _, path, *overrides in commands:
+        load_config(ROOT / path, overrides)
