@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import pytest
 from conftest import ROOT
 
-from lra_config import load_config
+from sweep import load_runs
 from tables import ABLATIONS, ACCURACY, SYSTEMS, TASKS
 
 PAGES = sorted((ROOT / "results").rglob("*.md"))
@@ -132,4 +132,4 @@ def test_commands_name_valid_configurations():
     ]
     assert len(commands) > 10
     for _, path, *overrides in commands:
-        load_config(ROOT / path, overrides)
+        load_runs(ROOT / path, overrides)
