@@ -1,11 +1,12 @@
 """Batches: packed splits to device tensors, in a seeded order that any step can resume.
 
 The order is a pure function of (seed, epoch), so a checkpoint stores no loader state: the batch of
-a step is found from the step's number alone.
+a step follows from the step's number alone.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -43,11 +44,11 @@ def collate(
 ) -> Batch:
     """Gather the examples `rows` (B,) of a packed split into one batch, padded to the longest.
 
-    It is padded further to a multiple of `TRIM_TOKENS`, or to whole segments where few shapes
-    matter more (compilation, CUDA graphs).
+    The length is a multiple of `TRIM_TOKENS`, or with `whole_segments` of the segment length:
+    compilation and CUDA graphs need few shapes.
 
-    A pair of documents stands in one row of tokens. Encoded jointly, the second begins at the
-    fixed column `document_len`; encoded apart, both halves are as long as the longest document.
+    A row of tokens holds both documents of a pair. Encoded jointly, the second begins at column
+    `document_len`. Encoded separately, both halves are as long as the longest document.
     """
     starts, lengths = split.starts[rows], split.lengths[rows]  # (B, documents)
     num_documents = lengths.shape[1]
@@ -61,7 +62,7 @@ def collate(
         longest[-1] = max(-(-longest[-1] // multiple), 1) * multiple
     columns = np.arange(width)
     mask = columns < lengths[..., None]  # (B, documents, width)
-    # Past the end of a document lies the next one, and past the last one nothing: clip, then blank.
+    # Columns after a document read the next one, or nothing after the last: clip, then mask.
     at = np.minimum(starts[..., None] + columns, len(split.tokens) - 1)
     tokens = np.where(mask, split.tokens[at].astype(np.int64) + split.offset, PADDING_ID)
     L = (num_documents - 1) * width + int(longest[-1])
@@ -83,7 +84,7 @@ def collate(
 def epoch_batches(
     split: PackedSplit, config: Config, epoch: int, batch_size: int | None = None
 ) -> np.ndarray:
-    """The rows (batches, batch_size) of one epoch; what does not fill a batch is left out.
+    """Return the rows (batches, batch_size) of one epoch; an incomplete batch is dropped.
 
     With `bucket_by_length` the shuffled rows are sorted by length inside windows of
     `BUCKET_BATCHES` batches, and the batches are shuffled again.
@@ -111,7 +112,7 @@ def training_batches(
     *,
     whole_segments: bool = False,
 ) -> Iterator[list[Batch]]:
-    """Endless steps from `start_step` on, epoch after epoch: the `accumulate` batches of each.
+    """Yield the `accumulate` batches of each step from `start_step` on, epoch after epoch.
 
     A step's examples are the same however they are divided among processes and accumulation.
 
@@ -122,44 +123,27 @@ def training_batches(
     """
     if isinstance(stages, PackedSplit):
         stages = {0: stages}
-    ends = [*list(stages)[1:], None]
-    for (first, split), end in zip(stages.items(), ends, strict=True):
-        if end is not None and start_step >= end:
-            continue
-        steps = stage_batches(
-            split, config, device, start_step - first, processes, whole_segments=whole_segments
-        )
-        yield from itertools.islice(steps, None if end is None else end - start_step)
-        start_step = end or 0
-
-
-def stage_batches(
-    split: PackedSplit,
-    config: Config,
-    device: torch.device,
-    start_step: int,
-    processes: Processes,
-    *,
-    whole_segments: bool,
-) -> Iterator[list[Batch]]:
-    """Yield the steps of one split from `start_step` on, without an end. Raises ConfigError."""
     size = config.batch_size * config.accumulate * processes.world_size
-    per_epoch = len(split) // size
-    if not per_epoch:
-        raise ConfigError(
-            f"a step takes batch_size={config.batch_size} x accumulate={config.accumulate} x "
-            f"{processes.world_size} processes = {size} examples, the training split has "
-            f"{len(split)}; lower batch_size"
-        )
-    epoch, position = divmod(start_step, per_epoch)
-    while True:
-        for rows in epoch_batches(split, config, epoch, size)[position:]:
-            own = rows.reshape(config.accumulate, processes.world_size, config.batch_size)
-            yield [
-                collate(split, part, config, device, whole_segments=whole_segments)
-                for part in own[:, processes.rank]
-            ]
-        epoch, position = epoch + 1, 0
+    for split in stages.values():
+        if len(split) < size:
+            raise ConfigError(
+                f"a step takes batch_size={config.batch_size} x accumulate={config.accumulate} x "
+                f"{processes.world_size} processes = {size} examples, the training split has "
+                f"{len(split)}; lower batch_size"
+            )
+
+    @functools.lru_cache(maxsize=1)  # sorting is done once per epoch
+    def order(first: int, epoch: int) -> np.ndarray:
+        return epoch_batches(stages[first], config, epoch, size)
+
+    for step in itertools.count(start_step):
+        first = max(first for first in stages if first <= step)
+        epoch, position = divmod(step - first, len(stages[first]) // size)
+        rows = order(first, epoch)[position].reshape(config.accumulate, processes.world_size, -1)
+        yield [
+            collate(stages[first], part, config, device, whole_segments=whole_segments)
+            for part in rows[:, processes.rank]
+        ]
 
 
 def evaluation_batches(
@@ -170,7 +154,7 @@ def evaluation_batches(
     *,
     whole_segments: bool = False,
 ) -> Iterator[Batch]:
-    """Every example once, in batches of like length; of several processes, each its share."""
+    """Yield every example once, in batches of similar length. Each process yields its share."""
     rows = np.argsort(split.lengths.max(axis=1), kind="stable")
     for start in range(0, len(rows), config.batch_size)[processes.rank :: processes.world_size]:
         chunk = rows[start : start + config.batch_size]

@@ -1,230 +1,112 @@
 """Readers: one class per data set, from its files on disk to (documents, label).
 
-A row of `lra_config.TASKS` names the class; docs/data.md shows a data set from a file of one's own.
+A row of `data.tasks.TASKS` names the class and the layout of the files.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import pkgutil
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
+from PIL import Image
 
-from data.cifar_batch import read_batch
-from data.inspection import AAN_COLUMNS, LAYOUTS, LISTOPS_HEADER, Layout, generation_record
+from data.cifar import read_batch
+from data.layout import recorded_split, split_layout
 from data.listops import generate_listops
-from data.packing import (
-    DataError,
-    PackedSplit,
-    Reader,
-    cached_json,
-    fingerprint,
-    held_out_rows,
-    load_splits,
-)
+from data.packing import PackedSplit, cached, fingerprint, held_out_rows, load_splits
 from data.pathfinder import generate_pathfinder
-from data.pathfinder_scenes import DIFFICULTIES
-from data.source_files import (
-    MAX_BATCH,
-    MAX_IMAGE,
-    MAX_TEXT,
-    contents,
-    grey_image,
-    rows,
-    told,
-)
-from data.tasks import VOCABULARY_WORDS, WordTokenizer
+from data.reader import DataError, Example, Reader, located, rows
+from data.tasks import WordTokenizer
 from lra_config import Config, ConfigError
-from run.files import whole_folder
-from run.program import log_line, one_line, shown
+from run.program import note
 
-GREY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
-Example = tuple[tuple[np.ndarray, ...], int]
+GRAY = np.array([0.2989, 0.5870, 0.1140])  # weights of R, G and B
 
 
-class FileReader:
-    """What the readers share: official files, found at any of the usual depths of `data_dir`."""
-
-    layout: Layout
-    advice = "put it there"  # where a file is missing
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.skipped = 0
-        self.parts = tuple(self.layout.parts)
-        self.folder = self.layout.folder(config.data_dir)
-        if config.task.tokenizer is not WordTokenizer:
-            self.tokenizer = config.task.tokenizer()
-
-    def places(self, part: str) -> list[Path]:
-        """The files of a part, or the folders that hold them."""
-        return [self.folder / name for name in self.layout.parts[part]]
-
-    def prepare(self) -> None:
-        """Make sure that the files are there.
-
-        Raises:
-            DataError: one of them is not; it says how to obtain it.
-        """
-        for path in (path for part in self.parts for path in self.places(part)):
-            if not (path.is_file() or path.is_dir()):
-                raise DataError(f"{path}: missing; {self.advice}")
-            if not self._files(path):
-                raise DataError(f"{path}: holds nothing to read; {self.advice}")
-
-    def sources(self, part: str) -> list[Path]:
-        """The files of a part; those of a folder in the order of their names."""
-        return [path for place in self.places(part) for path in self._files(place)]
-
-    def _files(self, place: Path) -> list[Path]:
-        if not place.is_dir():
-            return [place]
-        # Not Path.iterdir: IMDb has 50,000 files.
-        return [
-            Path(path)
-            for path in sorted(e.path for e in os.scandir(place) if e.is_file())
-            if path.endswith(self.layout.suffix)
-        ]
-
-    def fetch(self, download: Callable[[Path], None]) -> None:
-        """Fill the folder, whole or not at all, unless it is there.
-
-        Raises:
-            DataError: whatever the import or the network raises, the way out is the same.
-        """
-        try:
-            with whole_folder(self.folder, "downloads it") as half_done:
-                download(half_done)
-        except FileExistsError:
-            pass  # before, or by another process meanwhile
-        except Exception as error:
-            raise DataError(
-                f"{self.folder}: could not be downloaded ({one_line(error, 150)}); {self.advice}"
-            ) from None
-
-    def key(self) -> dict[str, Any]:
-        return {}
-
-    def origin(self) -> str:
-        record = generation_record(self.folder)
-        if record is None:
-            return "downloaded"
-        # A stand-in says so, lest its results pass for those of the data it stands in for.
-        return one_line(record.get("stand_in", "generated"), 100)
-
-    def label(self, text: str, where: str) -> int:
-        """A class number from its text."""
-        classes = self.config.task.num_classes
-        # Of thousands of digits no number is made.
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < classes):
-            raise DataError(
-                f"{where}: label {shown(text)} is not one of 0..{classes - 1}; fetch the file again"
-            )
-        return int(text)
-
-
-class ListOps(FileReader):
+class ListOps(Reader):
     """`lra_release/listops-1000/basic_{train,val,test}.tsv`, columns Source and Target."""
 
-    layout = LAYOUTS["listops"]
-    advice = "restore it, or remove the whole folder to have it generated"
+    advice = "restore it, or remove the folder to have it generated"
 
     def prepare(self) -> None:
-        """Generate the files when none is there; some of them are a mistake."""
-        paths = [path for part in self.parts for path in self.places(part)]
-        missing = [path for path in paths if not path.exists()]
-        if len(missing) == len(paths):
-            log_line(f"no ListOps files in {self.folder}: generating them")
-            with contextlib.suppress(FileExistsError):  # another process has done so meanwhile
-                generate_listops(self.config.data_dir, seed=0)
-            self.folder = self.layout.folder(self.config.data_dir)
-        elif missing:
-            raise DataError(
-                f"{missing[0]}: missing while the other split files are there; restore it, or "
-                "remove the whole folder to have them generated"
-            )
+        """Generate the files if none of them is there."""
+        self.generate(generate_listops)
         super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
-        path = self.sources(part)[0]
+        """Yield the token ids of each expression, and its value."""
         limit = self.config.max_seq_len
-        for where, line in rows(path):
-            row = line.decode("utf-8", "backslashreplace").split("\t")
-            if where.endswith(" row 1"):
-                if line != LISTOPS_HEADER:
-                    raise DataError(
-                        f"{where}: expected the header Source<TAB>Target; fetch the file again"
-                    )
-                continue
-            if len(row) != 2:
+        table = rows(self.sources(part)[0])
+        where, header = next(table, (str(self.sources(part)[0]), b""))
+        if header != b"Source\tTarget":
+            raise DataError(
+                f"{where}: expected the header Source<TAB>Target; fetch the file again"
+            )
+        for where, line in table:
+            columns = line.decode("utf-8", "backslashreplace").split("\t")
+            if len(columns) != 2:
                 raise DataError(
-                    f"{where}: has {len(row)} columns, expected Source and Target; the file may "
-                    "be cut short, fetch it again"
+                    f"{where}: has {len(columns)} columns, expected Source and Target; the file "
+                    "may be cut short, fetch it again"
                 )
-            with told(where, "fetch the file again"):
-                ids = self.tokenizer.encode(row[0])
+            with located(where):
+                ids = self.tokenizer.encode(columns[0])
             if len(ids) > limit:
                 raise DataError(
                     f"{where}: has {len(ids)} tokens, max_seq_len={limit} allows {limit}; "
                     "raise max_seq_len"
                 )
-            yield (ids,), self.label(row[1], where)
+            yield (ids,), self.label(columns[1], where)
 
 
-class Imdb(FileReader):
+class Imdb(Reader):
     """`aclImdb/{train,test}/{pos,neg}/*.txt`: bytes (`imdb_lra`) or words."""
 
-    layout = LAYOUTS["imdb"]
-    advice = (
-        "run ./get_lra_data.sh imdb, or pip install -r requirements-download.txt and set "
-        "download: true"
-    )
+    advice = "run ./get_lra_data.sh imdb, or set download: true"
 
     def prepare(self) -> None:
-        if self.config.download:
-            self.fetch(download_imdb)
+        """Download the reviews if asked for, and build the vocabulary of words."""
+        self.download("imdb")
         super().prepare()
         if self.config.task.tokenizer is WordTokenizer:
             self.tokenizer = WordTokenizer(self._vocabulary())
 
     def key(self) -> dict[str, Any]:
+        """Return the vocabulary, on which the ids of words depend."""
         words = self.config.task.tokenizer is WordTokenizer
         return {"vocabulary": self.tokenizer.vocabulary} if words else {}
 
     def _vocabulary(self) -> list[str]:
-        """Words of the training part alone: what is held out for validation has no say."""
+        """Return the words of the training part, without the reviews held out for validation."""
         files, seed = self.sources("train"), self.config.seed
         kept, _ = held_out_rows(len(files), seed)
-        return cached_json(
-            self.config, f"imdb-words-{fingerprint(files, seed=seed)}.json",
-            Annotated[list[str], Field(min_length=1, max_length=VOCABULARY_WORDS)],
-            lambda: WordTokenizer.build_vocabulary(self._text(files[row]) for row in kept),
-        )
+
+        def make(folder: Path) -> None:
+            words = WordTokenizer.build_vocabulary(self._text(files[row]) for row in kept)
+            (folder / "words.json").write_text(json.dumps(words), encoding="utf-8")
+
+        folder = cached(self.config, f"imdb-words-{fingerprint(files, seed=seed)}", make)
+        with located(folder, "remove it"):
+            return json.loads((folder / "words.json").read_text(encoding="utf-8"))
 
     def examples(self, part: str) -> Iterator[Example]:
+        """Yield the first `max_seq_len` tokens of each review, and 1 if it is positive."""
         words = self.config.task.tokenizer is WordTokenizer
         for path in self.sources(part):
-            text = self._text(path) if words else self._bytes(path)
-            document = self.tokenizer.encode(text)
+            document = self.tokenizer.encode(self._text(path) if words else path.read_bytes())
             if not len(document):
                 raise DataError(f"{path}: holds no text; fetch the data again")
             yield (document[: self.config.max_seq_len],), int(path.parent.name == "pos")
 
     @staticmethod
-    def _bytes(path: Path) -> bytes:
-        with told(path, "fetch the data again"):
-            return contents(path, MAX_TEXT)
-
-    @classmethod
-    def _text(cls, path: Path) -> str:
+    def _text(path: Path) -> str:
         try:
-            return cls._bytes(path).decode("utf-8")
+            return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}: byte {error.start} is not UTF-8; fetch the data again, or use "
@@ -232,64 +114,58 @@ class Imdb(FileReader):
             ) from None
 
 
-class Cifar10(FileReader):
-    """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as grey levels."""
+class Cifar10(Reader):
+    """`cifar-10-batches-py`, the Python version: pickles of 10,000 images, here as gray levels."""
 
-    layout = LAYOUTS["cifar10"]
-    advice = (
-        "run ./get_lra_data.sh cifar10, or pip install -r requirements-download.txt and set "
-        "download: true"
-    )
+    advice = "run ./get_lra_data.sh cifar10, or set download: true"
 
     def prepare(self) -> None:
-        if self.config.download:
-            self.fetch(download_cifar10)
+        """Download the images if asked for."""
+        self.download("cifar10")
         super().prepare()
 
     def examples(self, part: str) -> Iterator[Example]:
+        """Yield the 1,024 gray levels of each image, row by row, and its class."""
         for path in self.sources(part):
-            with told(f"{path}: not a CIFAR-10 batch"):
-                images, labels = read_batch(contents(path, MAX_BATCH))
+            with located(f"{path}: not a CIFAR-10 batch"):
+                images, labels = read_batch(path)
             pixels = images.reshape(-1, 3, self.config.task.max_seq_len)  # (n, RGB, 1024)
-            grey = np.rint(np.einsum("c,ncp->np", GREY, pixels)).astype(np.uint8)
-            for row, (image, label) in enumerate(zip(grey, labels, strict=True), start=1):
+            gray = np.rint(np.einsum("c,ncp->np", GRAY, pixels)).astype(np.uint8)
+            for row, (image, label) in enumerate(zip(gray, labels, strict=True), start=1):
                 yield (image,), self.label(str(label), f"{path} row {row}")
 
 
-class Pathfinder32(FileReader):
-    """`pathfinder32/curv_contour_length_14/{imgs,metadata}`: grey images and rows about them."""
+class Pathfinder32(Reader):
+    """`pathfinder32/curv_*/{imgs,metadata}`: gray images and rows about them."""
 
-    layout = LAYOUTS["pathfinder32"]
-    advice = "restore it, or remove the whole folder to have it generated"
+    advice = "restore it, or remove the folder to have it generated"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.folder = self._split_folder()
-
-    def _split_folder(self) -> Path:
-        """The folder of the configured split, beside that of the hard one."""
-        hard = self.layout.folder(self.config.data_dir)
-        return hard.with_name(DIFFICULTIES[self.config.evaluated_split].folder)
-
-    def key(self) -> dict[str, Any]:
-        split = self.config.evaluated_split
-        return {} if split == "hard" else {"pathfinder_split": split}
-
-    def sources(self, part: str) -> list[Path]:
-        return sorted(super().sources(part), key=lambda path: (len(path.name), path.name))
+        self.layout = split_layout(config.evaluated_split)
+        self.folder = self.layout.find(config.data_dir)
 
     def prepare(self) -> None:
-        if not self.folder.is_dir():
-            log_line(f"no Pathfinder images in {self.folder}: generating them")
-            with contextlib.suppress(FileExistsError):  # another process has done so meanwhile
-                generate_pathfinder(
-                    self.config.data_dir, seed=0, split=self.config.evaluated_split
-                )
-            self.folder = self._split_folder()
+        """Generate the images if none is there, and compare their split with the configured."""
+        asked = self.config.evaluated_split
+        self.generate(generate_pathfinder, split=asked)
         super().prepare()
+        if (found := recorded_split(self.folder)) not in (asked, "unknown"):
+            note(
+                f"{self.folder}: holds the {found} split by its own record, and pathfinder_split="
+                f"{asked}; restore it or set pathfinder_split"
+            )
+
+    def sources(self, part: str) -> list[Path]:
+        """Return the metadata files in the order of their numbers."""
+        return sorted(super().sources(part), key=lambda path: (len(path.name), path.name))
+
+    def origin(self) -> str:
+        """Return the source, and the split that the files themselves record."""
+        return f"{super().origin()}, {recorded_split(self.folder)} split"
 
     def examples(self, part: str) -> Iterator[Example]:
-        side = int(self.config.task.max_seq_len**0.5)
+        """Yield the 1,024 gray levels of each image, and whether its markers are connected."""
         for where, line in (row for metadata in self.sources(part) for row in rows(metadata)):
             fields = line.split()
             if len(fields) < 4:
@@ -298,29 +174,37 @@ class Pathfinder32(FileReader):
                     "fetch the file again"
                 )
             label = self.label(fields[3].decode("ascii", "backslashreplace"), where)
-            name = Path(os.fsdecode(fields[0]), os.fsdecode(fields[1]))
-            with told(f"{self.folder / name} ({where})"):
-                if name.is_absolute() or ".." in name.parts:
-                    raise ValueError("lies outside the data set's folder")
-                content = contents(self.folder / name, MAX_IMAGE)
-                if not content:  # some of the released ones are empty
+            path = self.folder / os.fsdecode(fields[0]) / os.fsdecode(fields[1])
+            with located(f"{path} ({where})"):
+                if not path.stat().st_size:  # some of the released images are empty
                     self.skipped += 1
                     continue
-                pixels = grey_image(content, side)
-            yield (pixels.reshape(-1),), label
+                pixels = self._pixels(path)
+            yield (pixels,), label
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        """Return the gray levels (pixels,) uint8 of an image."""
+        side = self.config.image_width
+        with Image.open(path) as image:
+            if image.size != (side, side) or image.mode.startswith("I"):
+                raise ValueError(
+                    f"is {image.width} x {image.height} pixels of mode {image.mode}, expected "
+                    f"{side} x {side} of 8 bits"
+                )
+            return np.asarray(image.convert("L")).reshape(-1)
 
 
-class Aan(FileReader):
+class Aan(Reader):
     """`tsv_data/new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts, no header."""
 
-    layout = LAYOUTS["aan"]
     advice = "its texts may not be redistributed, ./get_lra_data.sh aan says where to obtain them"
 
     def examples(self, part: str) -> Iterator[Example]:
+        """Yield the first bytes of both texts, and whether one cites the other."""
         path, limit = self.sources(part)[0], self.config.document_len
         for where, line in rows(path):  # bytes: nothing is decoded, so nothing can be invalid
             columns = line.split(b"\t")
-            if len(columns) != AAN_COLUMNS:
+            if len(columns) != 5:
                 raise DataError(
                     f"{where}: has {len(columns)} columns, expected label, two ids and two texts; "
                     "the file may be cut short, fetch it again"
@@ -333,7 +217,7 @@ class Aan(FileReader):
 
 
 def open_dataset(config: Config) -> Reader:
-    """The reader of `config.dataset`, with its files in place.
+    """Return the reader of `config.dataset`, and make sure that its files are there.
 
     Raises:
         ConfigError: the images do not fit into `max_seq_len`.
@@ -352,9 +236,9 @@ def open_dataset(config: Config) -> Reader:
 
 
 def training_stages(config: Config, splits: dict[str, PackedSplit]) -> dict[int, PackedSplit]:
-    """The training examples by the step from which they are used.
+    """Return the training examples by the step from which they are used.
 
-    One stage, unless `pathfinder_split` is a curriculum.
+    There is one stage, unless `pathfinder_split` is a curriculum.
 
     Args:
         splits: of the data set that `config` is evaluated on.
@@ -367,26 +251,3 @@ def training_stages(config: Config, splits: dict[str, PackedSplit]) -> dict[int,
             easier = config.model_copy(update={"pathfinder_split": name})
             stages[first] = load_splits(open_dataset(easier))["train"]
     return stages
-
-
-def download_cifar10(folder: Path) -> None:
-    """Fetch CIFAR-10 through torchvision."""
-    from torchvision.datasets import CIFAR10
-
-    root = folder / "download"
-    CIFAR10(root=root, download=True)
-    for path in (root / CIFAR10.base_folder).iterdir():
-        path.rename(folder / path.name)
-    shutil.rmtree(root)
-
-
-def download_imdb(folder: Path) -> None:
-    """Fetch IMDb through Hugging Face `datasets`, laid out as the official archive unpacks."""
-    from datasets import load_dataset
-
-    for part, labels in Imdb.layout.parts.items():
-        for label in labels:
-            (folder / label).mkdir(parents=True)
-        for number, row in enumerate(load_dataset("stanfordnlp/imdb", split=part)):
-            path = folder / labels[row["label"]] / f"{number}_{row['label']}.txt"
-            path.write_text(row["text"], encoding="utf-8")

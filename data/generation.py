@@ -1,4 +1,4 @@
-"""What the generators share: workers in a fixed order, and the checks of their arguments."""
+"""Functions of all generators: workers in a fixed order, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from run.files import write_json
 
 # Raise it whenever a change alters the bytes that a seed gives.
 FORMAT_VERSION = 1
@@ -42,27 +46,22 @@ def results_in_order(function: Callable[[int], Any], workers: int) -> Iterator[A
     if workers == 1:
         yield from map(function, itertools.count())
         return
-    executor = ProcessPoolExecutor(
+    window = 8 * workers  # a bounded number of indices at a time, as their row has no end
+    with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_tie_worker_to_parent
-    )
-    indices = itertools.count()
-    try:
-        # A bounded window: Pool.imap would queue the endless indices without waiting for results.
-        pending = deque(executor.submit(function, next(indices)) for _ in range(2 * workers))
-        while True:
-            result = pending.popleft().result()
-            pending.append(executor.submit(function, next(indices)))
-            yield result
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process died (out of memory, or the calling script runs without an "
-            '`if __name__ == "__main__":` guard); use fewer workers'
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
+    ) as executor:
+        try:
+            for first in itertools.count(step=window):
+                yield from executor.map(function, range(first, first + window))
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process died (out of memory, or the calling script runs without an "
+                '`if __name__ == "__main__":` guard); use fewer workers'
+            ) from error
 
 
 def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     # Containers and batch systems often grant fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -76,3 +75,9 @@ def check_numbers(seed: int, **counts: int) -> None:
             raise ValueError(f"{name}={value} is too small; it must be at least 1")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; it must be 0 or more")
+
+
+def write_record(folder: Path, task: str, seed: int, **entries: Any) -> None:
+    """Write GENERATED.json, by which generated data are distinguished from official data."""
+    record = {"task": task, "format_version": FORMAT_VERSION, "seed": seed, **entries}
+    write_json(folder / "GENERATED.json", {**record, "numpy": np.__version__})

@@ -13,14 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.generation import (
-    FORMAT_VERSION,
-    available_cores,
-    check_numbers,
-    results_in_order,
-)
-from data.inspection import LAYOUTS, LISTOPS_HEADER
-from run.files import whole_folder, write_json
+from data.generation import available_cores, check_numbers, results_in_order, write_record
+from data.layout import LAYOUTS
+from run.files import whole_folder
 
 LAYOUT = LAYOUTS["listops"]
 TRAIN, VAL, TEST = LAYOUT.expected  # sequences
@@ -37,7 +32,7 @@ MAX_BARREN_CHUNKS = 200
 
 # LRA writes nested pairs: "( a b )". An operator with k arguments closes k + 1 pairs, one per
 # argument and one at its bracket, and all of them open before it. Gluing each parenthesis to the
-# token beside it leaves exactly one piece per counted token, so a tree of length n has n pieces.
+# next token leaves exactly one piece per counted token, so a tree of length n has n pieces.
 DIGIT, ROOT_END, INNER_END, OPERATOR = 0, 10, 11, 12  # first code of each kind
 PIECES = [f"{digit} )".encode() for digit in range(10)]
 PIECES += [b"] )", b"] ) )"]
@@ -49,7 +44,7 @@ PIECES += [
 
 
 class Level(NamedTuple):
-    """The nodes of all trees at one depth; children of one parent are neighbours, in order."""
+    """The nodes of all trees at one depth; children of one parent are neighbors, in order."""
 
     tree: np.ndarray  # (n,) int64, index of the tree that owns the node, ascending
     num_args: np.ndarray  # (n,) int64, 0 at digits
@@ -59,7 +54,7 @@ class Level(NamedTuple):
 def grow_trees(
     rng: np.random.Generator, num_trees: int, max_length: int
 ) -> tuple[list[Level], np.ndarray]:
-    """Draw trees level by level, giving up on each one as soon as it is too long.
+    """Draw trees level by level, and stop each one when it becomes too long.
 
     Args:
         rng: source of every draw.
@@ -185,7 +180,7 @@ def distinct_rows(chunk: Callable[[int], list[bytes]], workers: int) -> Iterator
     Raises:
         ValueError: MAX_BARREN_CHUNKS chunks in a row gave nothing new.
     """
-    seen: set[bytes] = set()  # digests: the rows themselves would hold the whole data in memory
+    seen: set[bytes] = set()  # digests: the rows themselves would keep all data in memory
     barren = 0
     with contextlib.closing(results_in_order(chunk, workers)) as chunks:
         for rows in chunks:
@@ -206,7 +201,7 @@ def distinct_rows(chunk: Callable[[int], list[bytes]], workers: int) -> Iterator
 
 def _write_split(path: Path, rows: Iterable[bytes], progress: tqdm) -> str:
     """Write the header and the rows and return the sha256 of the file's bytes."""
-    header = LISTOPS_HEADER + b"\n"
+    header = b"Source\tTarget\n"
     digest = hashlib.sha256(header)
     with open(path, "wb") as file:
         file.write(header)
@@ -262,7 +257,7 @@ def generate_listops(
     check_numbers(seed, **counts, workers=workers, min_length=min_length)
     _check_lengths(**lengths)
 
-    target = Path(out, LAYOUT.folders[0])
+    target = Path(out, LAYOUT.paths[0])
     names = {split: LAYOUT.parts[split][0] for split in counts}
     chunk = functools.partial(listops_chunk, seed=seed, **lengths)
     with (
@@ -276,21 +271,13 @@ def generate_listops(
             )
             for split, count in counts.items()
         }
-        record = {
-            "task": "listops",
-            "format_version": FORMAT_VERSION,
-            "seed": seed,
-            "counts": counts,
-            "parameters": {
-                **lengths,
-                "max_depth": MAX_DEPTH,
-                "min_args": MIN_ARGS,
-                "max_args": MAX_ARGS,
-                "operator_probability": OPERATOR_PROBABILITY,
-                "chunk_candidates": CHUNK_CANDIDATES,
-            },
-            "numpy": np.__version__,
-            "sha256": sha256,
+        parameters = {
+            **lengths,
+            "max_depth": MAX_DEPTH,
+            "min_args": MIN_ARGS,
+            "max_args": MAX_ARGS,
+            "operator_probability": OPERATOR_PROBABILITY,
+            "chunk_candidates": CHUNK_CANDIDATES,
         }
-        write_json(folder / "GENERATED.json", record)
+        write_record(folder, "listops", seed, counts=counts, parameters=parameters, sha256=sha256)
     return target

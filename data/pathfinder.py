@@ -16,17 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pathfinder_scenes
-from data.generation import (
-    FORMAT_VERSION,
-    available_cores,
-    check_numbers,
-    results_in_order,
-)
-from data.inspection import LAYOUTS
-from run.files import whole_folder, write_json
+from data.generation import available_cores, check_numbers, results_in_order, write_record
+from data.layout import split_layout
+from run.files import whole_folder
 
-(IMAGES,) = LAYOUTS["pathfinder32"].expected
-PATHFINDER_FOLDER = Path("lra_release", "pathfinder32")
+(IMAGES,) = split_layout("hard").expected
 BATCH_IMAGES = 1_000  # images in one folder imgs/K
 CHUNK_IMAGES = 250  # drawn at once from one random stream, part of the format; divides a batch
 
@@ -131,7 +125,7 @@ def generate_pathfinder(
         "num_paddle_contrasts": 1,
     }
 
-    target = Path(out) / PATHFINDER_FOLDER / difficulty.folder
+    target = Path(out, split_layout(split).paths[0])
     chunk = functools.partial(pathfinder_chunk, seed=seed, split=split, images=images)
     num_chunks = -(-images // CHUNK_IMAGES)
     with (
@@ -143,28 +137,22 @@ def generate_pathfinder(
         counts, sha256 = _write_images(
             folder, pairs, progress, " ".join(map(str, columns.values()))
         )
-        record = {
-            "task": "pathfinder32",
-            "format_version": FORMAT_VERSION,
-            "seed": seed,
-            "split": split,
-            "counts": {"images": images, "label_0": counts[0], "label_1": counts[1]},
-            "parameters": {
-                **columns,
-                "num_distractors": difficulty.num_distractors,
-                "size": pathfinder_scenes.SIZE,
-                "padding": pathfinder_scenes.PADDING,
-                "seed_distance": pathfinder_scenes.SEED_DISTANCE,
-                "marker_radius": pathfinder_scenes.MARKER_RADIUS,
-                "antialias_scale": pathfinder_scenes.ANTIALIAS_SCALE,
-                "snake_contrast": pathfinder_scenes.SNAKE_CONTRAST,
-                "paddle_contrast": pathfinder_scenes.PADDLE_CONTRAST,
-                "batch_images": BATCH_IMAGES,
-                "chunk_images": CHUNK_IMAGES,
-            },
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "files_sha256": sha256,
+        parameters = {
+            **columns,
+            "num_distractors": difficulty.num_distractors,
+            "size": pathfinder_scenes.SIZE,
+            "padding": pathfinder_scenes.PADDING,
+            "seed_distance": pathfinder_scenes.SEED_DISTANCE,
+            "marker_radius": pathfinder_scenes.MARKER_RADIUS,
+            "antialias_scale": pathfinder_scenes.ANTIALIAS_SCALE,
+            "snake_contrast": pathfinder_scenes.SNAKE_CONTRAST,
+            "paddle_contrast": pathfinder_scenes.PADDLE_CONTRAST,
+            "batch_images": BATCH_IMAGES,
+            "chunk_images": CHUNK_IMAGES,
         }
-        write_json(folder / "GENERATED.json", record)
+        write_record(
+            folder, "pathfinder32", seed, split=split,
+            counts={"images": images, "label_0": counts[0], "label_1": counts[1]},
+            parameters=parameters, pillow=PIL.__version__, files_sha256=sha256,
+        )
     return target

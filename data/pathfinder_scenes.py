@@ -1,13 +1,13 @@
 """Draw Pathfinder scenes: two long dashed contours, short distractors and two round markers.
 
 The question is whether both markers sit on one contour. A contour is a chain of straight paddles;
-around each paddle lies a margin that only its neighbours in the chain may enter:
+around each paddle lies a margin that only its neighbors in the chain may enter:
 
     tail ====== head . . tail ====== head       consecutive paddles: at most one margin apart
                                                 all others: two margins apart, edge to edge
 
 so the eye, and the tests, can follow a contour from paddle to paddle without doubt. The label is
-drawn first but used last: it decides which tips carry the markers and nothing else.
+drawn first but used last: it decides on which tips the markers lie and nothing else.
 
 Lengths are in pixels of the final image. Points are complex numbers x + iy, y downwards, from 0 to
 SIZE. Shapes: n scenes, m candidates, p paddles; a paddle is (2,): tail and head.
@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.layout import CONTOUR_LENGTHS
+
 SIZE = 32
 PADDING = 1.0  # nothing is drawn nearer to the border
 PADDLE_LENGTH = 2.0
@@ -34,7 +36,7 @@ MARKER_RADIUS = 1.5
 ANTIALIAS_SCALE = 2
 SNAKE_CONTRAST, PADDLE_CONTRAST = 2.0, 0.75
 
-# Centre line to centre line, so that the margins of the two paddles do not overlap.
+# Center line to center line, so that the margins of the two paddles do not overlap.
 CLEARANCE = 2 * PADDLE_MARGIN + PADDLE_THICKNESS
 # Two markers never merge into one blob.
 MARKER_DISTANCE = 2 * MARKER_RADIUS + PADDLE_MARGIN
@@ -49,7 +51,6 @@ DISTRACTOR_TRIALS = (16, 32, 64, 128, 256)
 class Difficulty(NamedTuple):
     """One of the three published splits."""
 
-    folder: str
     contour_length: int  # paddles of a target
 
     @property
@@ -61,15 +62,11 @@ class Difficulty(NamedTuple):
         return 20 // self.distractor_length
 
 
-DIFFICULTIES = {
-    "baseline": Difficulty("curv_baseline", 6),
-    "intermediate": Difficulty("curv_contour_length_9", 9),
-    "hard": Difficulty("curv_contour_length_14", 14),
-}
+DIFFICULTIES = {split: Difficulty(length) for split, length in CONTOUR_LENGTHS.items()}
 
 
 class Scenes(NamedTuple):
-    """What is drawn in n images, apart from the markers."""
+    """The contours of n images, without the markers."""
 
     targets: np.ndarray  # (n, 2, contour length, 2) complex
     distractors: np.ndarray  # (n, number, distractor length, 2) complex
@@ -141,7 +138,7 @@ def squared_distance(point: np.ndarray, paddle: np.ndarray) -> np.ndarray:
 
 
 def clear(candidates: np.ndarray, placed: np.ndarray, scene: np.ndarray) -> np.ndarray:
-    """Tell which candidates keep CLEARANCE to every paddle of their scene.
+    """Return which candidates keep CLEARANCE to every paddle of their scene.
 
     Args:
         candidates: (m, 2).
@@ -164,7 +161,7 @@ def clear(candidates: np.ndarray, placed: np.ndarray, scene: np.ndarray) -> np.n
 
 
 def markers_fit(targets: np.ndarray) -> np.ndarray:
-    """Tell for which target pairs (n, 2, length, 2) any marker placement fits, (n,) bool.
+    """Return for which target pairs (n, 2, length, 2) any marker placement fits, (n,) bool.
 
     All placements are tested, not only the one that the label will ask for; otherwise the classes
     would differ in more than the markers.
@@ -185,7 +182,7 @@ def draw_targets(rng: np.random.Generator, num_starts: int, length: int) -> np.n
     Returns:
         (n, 2, length, 2) the n <= num_starts pairs that reached their length.
     """
-    # From there, the second contour is inside whatever its direction from the first.
+    # From there, the second contour is inside for every direction from the first.
     first = uniform_points(rng, 2 * SEED_DISTANCE, num_starts)
     second = first + SEED_DISTANCE * unit(rng.uniform(0, 2 * np.pi, num_starts))
     heading = rng.uniform(0, 2 * np.pi, (num_starts, 2))
@@ -221,7 +218,7 @@ def draw_distractor(
 
     Args:
         rng: source of every draw.
-        placed: (n, p, 2) what the contours must keep clear of.
+        placed: (n, p, 2) paddles that the contours must keep clear of.
         length: paddles per contour.
     Returns:
         The contours (n, length, 2) and whether each scene had room for one, (n,) bool.
@@ -229,7 +226,7 @@ def draw_distractor(
     n = len(placed)
     contours, found = np.empty((n, length, 2), dtype=complex), np.zeros(n, dtype=bool)
     for trials in DISTRACTOR_TRIALS:
-        # Whole contours are drawn blindly and dropped at the first paddle that does not fit.
+        # Full contours are drawn blindly and dropped at the first paddle that does not fit.
         scene = np.repeat(np.flatnonzero(~found), trials)
         heading = rng.uniform(0, 2 * np.pi, len(scene))
         paddle = paddles_at(uniform_points(rng, PADDING, len(scene)), heading)
@@ -267,7 +264,7 @@ def draw_scenes(rng: np.random.Generator, n: int, difficulty: Difficulty) -> Sce
 
 
 def place_markers(rng: np.random.Generator, targets: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the marker centres (n, 2): a first tip, and a last tip of the contour asked for.
+    """Return the marker centers (n, 2): a first tip, and a last tip of the contour asked for.
 
     Args:
         rng: draws which contour gives the first tip.
@@ -318,14 +315,14 @@ def coverage(capsules: np.ndarray, radius: float, scale: int) -> np.ndarray:
     return canvas.reshape(n, width, width)[:, frame:-frame, frame:-frame]
 
 
-def rasterise(paddles: np.ndarray, markers: np.ndarray) -> np.ndarray:
+def rasterize(paddles: np.ndarray, markers: np.ndarray) -> np.ndarray:
     """Draw images.
 
     Args:
         paddles: (n, p, 2).
-        markers: (n, 2) centres.
+        markers: (n, 2) centers.
     Returns:
-        (n, SIZE, SIZE) uint8, black background, white markers. The scale of grey is the same for
+        (n, SIZE, SIZE) uint8, black background, white markers. The scale of gray is the same for
         all images, so the brightness of one part says nothing about another.
     """
     disks = np.stack([markers, markers], axis=2)
@@ -349,4 +346,4 @@ def draw_images(
     """Return n images (n, SIZE, SIZE) uint8 and their labels (n,), half of them 1 if n is even."""
     labels = rng.permutation(np.arange(n) % 2)
     scenes = draw_scenes(rng, n, difficulty)
-    return rasterise(scenes.paddles(), place_markers(rng, scenes.targets, labels)), labels
+    return rasterize(scenes.paddles(), place_markers(rng, scenes.targets, labels)), labels

@@ -1,8 +1,8 @@
-"""Pairs of texts from IMDb reviews: a stand-in for AAN, whose texts may not be redistributed.
+"""Pairs of texts from IMDb reviews: a substitute for AAN, whose texts may not be redistributed.
 
 The question is whether two texts are the two parts of one review. Two reviews of one rating and of
 nearly the same length make a couple, and both are cut at the same share of their length. In every
-other couple the second parts change places. Each part stands in one pair alone, so that neither a
+other couple the second parts are exchanged. Each part stands in one pair alone, so that neither a
 part by itself nor the two lengths give the label away: what does is that the parts fit together.
 """
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.generation import FORMAT_VERSION, check_numbers
-from data.inspection import LAYOUTS
-from run.files import whole_folder, write_json
+from data.generation import check_numbers, write_record
+from data.layout import LAYOUTS
+from run.files import whole_folder
 
 LAYOUT = LAYOUTS["aan"]
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
@@ -67,7 +67,7 @@ def cut(text: bytes, share: float) -> tuple[bytes, bytes]:
 def pair_rows(reviews: Sequence[Review], rng: np.random.Generator) -> Iterator[bytes]:
     """Rows `label, name, name, text, text` in random order, as many of label 1 as of label 0.
 
-    Of a rating with an odd number of reviews the longest is left out, of all couples at most one.
+    The longest review of a rating with an odd number of them is not used, and one couple at most.
     """
     by_rating = defaultdict(list)
     for review in reviews:
@@ -94,12 +94,12 @@ def pair_rows(reviews: Sequence[Review], rng: np.random.Generator) -> Iterator[b
 def generate_review_pairs(
     out: str | Path, *, seed: int, imdb: str | Path | None = None, reviews: int | None = None
 ) -> Path:
-    """Write a stand-in for AAN, cut from IMDb reviews, in AAN's format, and GENERATED.json.
+    """Write a substitute for AAN, cut from IMDb reviews, in AAN's format, and GENERATED.json.
 
     A tenth of IMDb's training reviews, drawn by the seed, makes the eval file.
 
     Args:
-        out: data root; the files go to `out`/lra_release/tsv_data, where AAN's stand.
+        out: data root; the files go to `out`/lra_release/tsv_data, the folder of AAN.
         seed: with the reviews, it determines every byte.
         imdb: the folder aclImdb; None takes `out`/aclImdb.
         reviews: how many of each of IMDb's two parts to use; None takes all.
@@ -123,7 +123,7 @@ def generate_review_pairs(
         "test": drawn["test"],
     }
 
-    target = Path(out, LAYOUT.folders[0])
+    target = Path(out, LAYOUT.paths[0])
     names = dict(zip(splits, (name for (name,) in LAYOUT.parts.values()), strict=True))
     with whole_folder(target, "generates review pairs") as folder:
         counts, sha256 = {}, {}
@@ -133,15 +133,8 @@ def generate_review_pairs(
             (folder / names[split]).write_bytes(content)
             counts[split] = len(rows)
             sha256[names[split]] = hashlib.sha256(content).hexdigest()
-        record = {
-            "task": "review_pairs",
-            "stand_in": "stand-in for AAN: parts of IMDb reviews",
-            "format_version": FORMAT_VERSION,
-            "seed": seed,
-            "counts": counts,
-            "parameters": {"cut": CUT, "reviews": reviews},
-            "numpy": np.__version__,
-            "sha256": sha256,
-        }
-        write_json(folder / "GENERATED.json", record)
+        write_record(
+            folder, "review_pairs", seed, stand_in="substitute for AAN: parts of IMDb reviews",
+            counts=counts, parameters={"cut": CUT, "reviews": reviews}, sha256=sha256,
+        )
     return target

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.layout import LAYOUTS, Layout
+
 PADDING_ID = 0
 VOCABULARY_WORDS = 20_000  # of the word level
 
@@ -106,6 +108,7 @@ class Task:
     num_classes: int
     max_seq_len: int  # over all documents of an example
     num_segments: int
+    layout: Layout | None = None  # where the files lie; None if the reader knows
     num_documents: int = 1
     is_image: bool = False  # the bytes are the gray levels of a square image
     truncated: bool = True  # a longer document keeps its first tokens; false: an error
@@ -117,34 +120,37 @@ class Task:
 TASKS = {
     "listops": Task(
         "lra_datasets:ListOps", ListOpsTokenizer, num_classes=10, max_seq_len=2048, num_segments=8,
+        layout=LAYOUTS["listops"], truncated=False, tab_separated=True,
         title="Long Range Arena: ListOps", hub_name="lra-listops",
-        truncated=False, tab_separated=True,
     ),
     "imdb": Task(
         "lra_datasets:Imdb", WordTokenizer, num_classes=2, max_seq_len=512, num_segments=2,
+        layout=LAYOUTS["imdb"],
         title="IMDb, words", hub_name="stanfordnlp/imdb",
     ),
     "imdb_long": Task(
         "lra_datasets:Imdb", WordTokenizer, num_classes=2, max_seq_len=1536, num_segments=6,
+        layout=LAYOUTS["imdb"],
         title="IMDb, words", hub_name="stanfordnlp/imdb",
     ),
     "imdb_lra": Task(
         "lra_datasets:Imdb", ByteTokenizer, num_classes=2, max_seq_len=4096, num_segments=8,
+        layout=LAYOUTS["imdb"],
         title="Long Range Arena: byte-level IMDb", hub_name="stanfordnlp/imdb",
     ),
     "cifar10": Task(
         "lra_datasets:Cifar10", ByteTokenizer, num_classes=10, max_seq_len=1024, num_segments=4,
+        layout=LAYOUTS["cifar10"], is_image=True, truncated=False,
         title="Long Range Arena: gray CIFAR-10", hub_name="uoft-cs/cifar10",
-        is_image=True, truncated=False,
     ),
     "pathfinder32": Task(
         "lra_datasets:Pathfinder32", ByteTokenizer, num_classes=2, max_seq_len=1024, num_segments=4,
+        layout=LAYOUTS["pathfinder32"], is_image=True, truncated=False,
         title="Long Range Arena: Pathfinder32", hub_name="lra-pathfinder32",
-        is_image=True, truncated=False,
     ),
     "aan": Task(
         "lra_datasets:Aan", ByteTokenizer, num_classes=2, max_seq_len=8192, num_segments=16,
+        layout=LAYOUTS["aan"], num_documents=2, tab_separated=True,
         title="Long Range Arena: ACL Anthology Network", hub_name="lra-aan",
-        num_documents=2, tab_separated=True,
     ),
 }

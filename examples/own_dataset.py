@@ -20,25 +20,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is a repository to run from
 
 import run_train
-from data.inspection import Layout
-from data.packing import DataError
-from data.source_files import told
+from data.layout import Layout
+from data.reader import DataError, Example, Reader, located
 from data.tasks import TASKS, ByteTokenizer, Task
-from lra_datasets import Example, FileReader
 from run.files import atomic_write
 
 CLASSES = ("asks", "states")
 csv.field_size_limit(16 * 2**20)  # characters of a text
 
 
-class CsvFile(FileReader):
+class CsvFile(Reader):
     """Rows of `examples.csv`, their texts as bytes."""
 
-    layout = Layout(("own",), {"all": ("examples.csv",)})
     advice = "a header `text,label` and a row per example"
 
     def prepare(self) -> None:
-        (path,) = self.places("all")
+        path = self.folder / "examples.csv"
         if not path.exists():
             write_toy(path)
         super().prepare()
@@ -50,7 +47,7 @@ class CsvFile(FileReader):
         """Yield the bytes of each text, cut to `max_seq_len`, and the number of its class."""
         (path,) = self.sources(part)
         # Bytes that are no UTF-8 stay what they are.
-        with told(path, self.advice), open(
+        with located(path, self.advice), open(
             path, encoding="utf-8", errors="surrogateescape", newline=""
         ) as file:
             for number, row in enumerate(csv.DictReader(file), start=2):
@@ -64,7 +61,8 @@ class CsvFile(FileReader):
 
 
 TASKS["own"] = Task(
-    CsvFile, ByteTokenizer, num_classes=len(CLASSES), max_seq_len=256, num_segments=4
+    CsvFile, ByteTokenizer, num_classes=len(CLASSES), max_seq_len=256, num_segments=4,
+    layout=Layout(("own",), {"all": ("examples.csv",)}),
 )
 
 

@@ -15,7 +15,8 @@ from conftest import ROOT, tiny_config
 
 import lra_datasets
 from data import packing
-from data.packing import DataError, load_splits
+from data.packing import load_splits
+from data.reader import DataError
 from data.tasks import ListOpsTokenizer
 from dataloader import collate, epoch_batches, evaluation_batches, training_batches
 from lra_config import ConfigError
@@ -50,7 +51,7 @@ def test_a_real_row_has_no_unknown_token_and_drops_the_parentheses():
 
 
 def test_token_ids_do_not_depend_on_the_hash_seed():
-    code = f"from lra_config import ListOpsTokenizer as T; print(T().encode({REAL_ROW[:-3]!r}))"
+    code = f"from data.tasks import ListOpsTokenizer as T; print(T().encode({REAL_ROW[:-3]!r}))"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
@@ -100,7 +101,7 @@ def test_an_interrupted_packing_leaves_nothing_behind(data, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing.np, "save", killed)
+    monkeypatch.setattr(packing.np, "savez", killed)
     with pytest.raises(KeyboardInterrupt):
         load(data)
     assert not list((data / ".cache").iterdir())
@@ -167,7 +168,7 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(data, bucket):
 
 
 def test_buckets_leave_no_example_out_for_good(data):
-    """Of what fills no batch it is not always the longest."""
+    """The examples of an incomplete batch differ between epochs."""
     split = load(data)
     config = tiny_config(bucket_by_length=True, batch_size=64)
     seen = {row for epoch in range(50) for row in epoch_batches(split, config, epoch).ravel()}
@@ -188,8 +189,8 @@ def test_buckets_waste_less_padding(data):
 def test_batches_resume_at_any_step(data):
     split = load(data)
     config = tiny_config(bucket_by_length=True)
-    whole = training_batches(split, config, CPU)
-    seen = [next(whole)[0] for _ in range(60)]  # two epochs and more
+    steps = training_batches(split, config, CPU)
+    seen = [next(steps)[0] for _ in range(60)]  # two epochs and more
     for start in (1, 25, 49, 50):
         (resumed,) = next(training_batches(split, config, CPU, start))
         assert torch.equal(resumed.tokens, seen[start].tokens)
