@@ -555,6 +555,8 @@ for _class in (_Loader, _Dumper):
 
 
 def _parse_yaml(text: str, source: str) -> Any:
+    # Without a UTF-8 locale, an accent in an argument arrives as bytes that are no characters.
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

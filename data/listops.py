@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.generation import available_cores, check_numbers, results_in_order, write_record
 from data.layout import LAYOUTS
-from run.files import whole_folder
+from run.files import atomic_folder
 
 LAYOUT = LAYOUTS["listops"]
 TRAIN, VAL, TEST = LAYOUT.expected  # sequences
@@ -261,7 +261,7 @@ def generate_listops(
     names = {split: LAYOUT.parts[split][0] for split in counts}
     chunk = functools.partial(listops_chunk, seed=seed, **lengths)
     with (
-        whole_folder(target, "generates ListOps") as folder,
+        atomic_folder(target, "generates ListOps") as folder,
         contextlib.closing(distinct_rows(chunk, workers)) as rows,
         tqdm(total=sum(counts.values()), desc="listops", unit="seq", disable=None) as progress,
     ):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.reader import DataError, Reader
 from lra_config import Config
-from run.files import whole_folder
+from run.files import atomic_folder
 from run.program import note, one_line
 
 SPLITS = ("train", "val", "test")
@@ -137,13 +137,13 @@ def cached(config: Config, name: str, make: Callable[[Path], None]) -> Path:
     for folder in caches:
         if (folder / name).is_dir():
             return folder / name
-    writable = [folder for folder in caches if _is_writable(folder)]
-    if not writable:
+    cache = next((folder for folder in caches if _is_writable(folder)), None)
+    if cache is None:
         raise DataError(f"{caches[-1]}: cannot be written; set cache_dir to a folder that can")
-    if writable[0] != caches[0]:
-        note(f"{inside} cannot be written, packed data go to {writable[0]}; or set cache_dir")
-    target = writable[0] / name
-    with contextlib.suppress(FileExistsError), whole_folder(target, "packs it") as folder:
+    if cache != caches[0]:
+        note(f"{inside} cannot be written: packed data go to {cache}, or to a cache_dir")
+    target = cache / name
+    with contextlib.suppress(FileExistsError), atomic_folder(target, "packs it") as folder:
         make(folder)
     return target
 

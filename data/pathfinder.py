@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import pathfinder_scenes
 from data.generation import available_cores, check_numbers, results_in_order, write_record
 from data.layout import split_layout
-from run.files import whole_folder
+from run.files import atomic_folder
 
 (IMAGES,) = split_layout("hard").expected
 BATCH_IMAGES = 1_000  # images in one folder imgs/K
@@ -129,7 +129,7 @@ def generate_pathfinder(
     chunk = functools.partial(pathfinder_chunk, seed=seed, split=split, images=images)
     num_chunks = -(-images // CHUNK_IMAGES)
     with (
-        whole_folder(target, "generates Pathfinder32") as folder,
+        atomic_folder(target, "generates Pathfinder32") as folder,
         contextlib.closing(results_in_order(chunk, workers)) as chunks,
         tqdm(total=images, desc=f"pathfinder32 {split}", unit="img", disable=None) as progress,
     ):

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.generation import check_numbers, write_record
 from data.layout import LAYOUTS
-from run.files import whole_folder
+from run.files import atomic_folder
 
 LAYOUT = LAYOUTS["aan"]
 CUT = (0.4, 0.6)  # bounds of the share of a review that its first part takes
@@ -125,7 +125,7 @@ def generate_review_pairs(
 
     target = Path(out, LAYOUT.paths[0])
     names = dict(zip(splits, (name for (name,) in LAYOUT.parts.values()), strict=True))
-    with whole_folder(target, "generates review pairs") as folder:
+    with atomic_folder(target, "generates review pairs") as folder:
         counts, sha256 = {}, {}
         for split, chosen in splits.items():
             rows = list(pair_rows(chosen, rng))

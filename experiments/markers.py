@@ -24,7 +24,7 @@ from data.pathfinder_scenes import (
     Difficulty,
     draw_scenes,
     place_markers,
-    rasterise,
+    rasterize,
 )
 from experiments.shallow import Arrays, Score, accuracy, logistic_regression
 from experiments.tables import markdown
@@ -54,7 +54,7 @@ def draw_markers(rng: np.random.Generator, n: int, difficulty: Difficulty) -> Ma
         scenes = draw_scenes(rng, min(CHUNK, n - start), difficulty)
         labels = rng.integers(2, size=len(scenes.targets))
         places = place_markers(rng, scenes.targets, labels)
-        windows = cut_windows(rasterise(scenes.paddles(), places), places)
+        windows = cut_windows(rasterize(scenes.paddles(), places), places)
         headings = find_headings(scenes.targets, places)
         chunks.append(Markers(_xy(places), _xy(headings), windows, labels))
     return Markers(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))

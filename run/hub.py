@@ -176,7 +176,7 @@ def model_card(config: Config, summary: dict[str, Any] | None) -> str:
     ]
     if summary is not None and summary["steps"] < config.max_steps:
         limits.append("The training ended before its schedule did.")
-    if summary is not None and config.task.title and summary["data"] != "downloaded":
+    if summary is not None and config.task.title and not summary["data"].startswith("downloaded"):
         limits.append("It was not tested on the complete published data.")
     return CARD.format(
         metadata=_metadata(config, name, summary).to_yaml(), run=config.run_name, paper=PAPER,
@@ -215,7 +215,7 @@ def _result(config: Config, summary: dict[str, Any] | None) -> str:
         "best validation accuracy": f"{100 * summary['best_val_accuracy']:.1f} % at step "
                                     f"{summary['best_step']:,} ({examples['val']:,} examples)",
         "seeds": f"one, {summary['seed']}",
-        "data": f"{ORIGIN.get(summary['data'], summary['data'])}; {examples['train']:,} "
+        "data": f"{_origin(summary['data'])}; {examples['train']:,} "
                 "examples to train on",
         "steps": f"{summary['steps']:,} of {config.max_steps:,}, {sequences} sequences each",
         "parameters": f"{summary['parameters']:,}",
@@ -225,3 +225,9 @@ def _result(config: Config, summary: dict[str, Any] | None) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"| | |\n|---|---|\n{table}"
+
+
+def _origin(data: str) -> str:
+    """Return the origin of the data in words: `data` is a source, then details after commas."""
+    source, *details = data.split(", ")
+    return ", ".join([ORIGIN.get(source, source), *details])

@@ -197,6 +197,9 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of the output needs no more of it
         discard_output()
         return 0
+    except UnicodeEncodeError as error:
+        reason = f"{error.object[:200]} cannot be a file name in the locale's {error.encoding}"
+        return fail(name, f"{reason}; set PYTHONUTF8=1", 2)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
         advice = "free some space" if error.errno == errno.ENOSPC else "name another, or repair it"

@@ -98,7 +98,7 @@ def test_the_cache_is_used_until_a_source_changes(data, monkeypatch):
 
 
 def test_an_interrupted_packing_leaves_nothing_behind(data, monkeypatch):
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(packing.np, "savez", killed)

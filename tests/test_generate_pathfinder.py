@@ -94,7 +94,7 @@ def drawn_problem() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     markers = pathfinder.place_markers(rng, scenes.targets, labels)
     paddles = rng.permuted(scenes.paddles().view("c16, c16")[..., 0], axis=1)
     paddles = paddles.view(complex).reshape(n, -1, 2)
-    return paddles, pathfinder.rasterise(paddles, markers), labels
+    return paddles, pathfinder.rasterize(paddles, markers), labels
 
 
 def find_markers(image: np.ndarray) -> list[complex]:
@@ -225,7 +225,7 @@ def test_everything_is_inside_the_padding(split: str) -> None:
         markers = pathfinder.place_markers(
             np.random.default_rng(0), scenes.targets, np.full(60, label)
         )
-        images = pathfinder.rasterise(scenes.paddles(), markers)
+        images = pathfinder.rasterize(scenes.paddles(), markers)
         inner = images[:, 1:-1, 1:-1]
         assert images.sum() == inner.sum()
 

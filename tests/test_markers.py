@@ -8,7 +8,7 @@ import torch
 from conftest import assert_refused, called
 
 from data.packing import SPLITS
-from data.pathfinder_scenes import DIFFICULTIES, SIZE, draw_scenes, place_markers, rasterise
+from data.pathfinder_scenes import DIFFICULTIES, SIZE, draw_scenes, place_markers, rasterize
 from experiments import markers
 
 SIZES = {"train": 400, "val": 200, "test": 200}
@@ -37,7 +37,7 @@ def test_headings_lead_from_the_tips_of_one_contour_or_of_two() -> None:
 def test_a_window_shows_its_marker_in_the_middle_and_black_beyond_the_edge() -> None:
     paddles = np.zeros((1, 0, 2), dtype=complex)
     places = np.array([[2.5 + 9.5j, 20.5 + 30.5j]])
-    windows = markers.cut_windows(rasterise(paddles, places), places).reshape(2, 9, 9)
+    windows = markers.cut_windows(rasterize(paddles, places), places).reshape(2, 9, 9)
     assert np.array_equal(np.argwhere(windows[0] == 255).mean(axis=0), [4, 4])
     assert np.array_equal(windows[0], windows[1])  # the edge is cut off from black alone
     white = markers.cut_windows(np.full((1, SIZE, SIZE), 255, np.uint8), places).reshape(2, 9, 9)

@@ -90,11 +90,11 @@ def test_a_cut_falls_on_a_space_and_loses_nothing_else():
     assert b"".join(cut(b"unbroken", 0.5)) == b"unbroken"
 
 
-def test_the_record_and_the_reader_call_it_a_stand_in(data):
+def test_the_record_and_the_reader_call_it_a_substitute(data):
     record = json.loads((data / "lra_release/tsv_data/GENERATED.json").read_text())
     assert record["counts"] == {split: len(rows(data, split)) for split in PARTS}
     reader = open_dataset(make_config({"dataset": "aan", "data_dir": str(data)}))
-    assert "stand-in for AAN" in reader.origin()
+    assert "substitute for AAN" in reader.origin()
     assert len(load_splits(reader)["val"]) == record["counts"]["eval"]
 
 
