@@ -245,7 +245,7 @@ def test_an_image_is_not_cut(dataset, tmp_path):
 
 
 def test_a_data_set_of_ones_own_trains_as_the_documents_have_it(tmp_path):
-    page = (ROOT / "docs" / "data.md").read_text()
+    page = (ROOT / "docs" / "extending.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
     (program,) = (block for block in blocks if 'TASKS["letters"]' in block)
     (tmp_path / "letters.py").write_text(program)
