@@ -15,11 +15,12 @@ Deviation: the paper does not publish its read-out or its head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dataloader import Batch
 from lra_config import Config
 
 INTENSITY_POWER = 8  # of a gray level under `pooling: intensity`: a half counts 1 / 256
@@ -124,3 +125,25 @@ def build_head(config: Config) -> nn.Module:
     if hidden:
         modules += [nn.GELU(), nn.Linear(hidden, classes)]
     return nn.Sequential(*modules) if len(modules) > 1 else modules[0]
+
+
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Recompute the running statistics of `readout_norm: batch` from the current weights.
+
+    At a high learning rate the mean of a read-out drifts by more than its deviation within the
+    window of a running average. Evaluated with such an average, a trained model guesses.
+
+    Args:
+        model: a `model.RMAAT`; it is in training mode afterwards.
+        batches: of the training split; each counts the same.
+    """
+    norm = model.head[0]
+    momentum, norm.momentum = norm.momentum, None  # None: the mean over all batches
+    norm.reset_running_stats()
+    model.eval()
+    norm.train()
+    for batch in batches:
+        model(batch.tokens, batch.mask)
+    norm.momentum = momentum
+    model.train()

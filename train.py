@@ -8,13 +8,12 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from lra_config import Config, ConfigError
 from lra_datasets import open_dataset, training_stages
 from model import RMAAT, autocast_dtype, build_model
 from plots import write_curves
+from readout import recompute_statistics
 from run import checkpoint, hub
 from run.checkpoint import (
     Progress,
@@ -38,7 +38,7 @@ from run.checkpoint import (
 )
 from run.files import write_json
 from run.log import RunLog
-from run.processes import ALONE, Processes, current_processes
+from run.processes import Processes, current_processes
 from run.program import UserError, caught_signals, interruption, log_line, shown
 from training.acceleration import (
     BudgetedReplay,
@@ -50,9 +50,10 @@ from training.acceleration import (
     resolve_device,
 )
 from training.diagnostics import (
+    Metrics,
     Overview,
     Slices,
-    check_finite,
+    evaluate,
     inspect_model,
     look_ahead,
     peak_memory_mib,
@@ -69,72 +70,6 @@ __all__ = [
 CHECKPOINT_SECONDS = 30.0
 STATISTICS_BATCHES = 50  # from which the statistics of the read-out norm are recomputed
 MIN_SCALE = 1e-3  # of float16; a model whose gradients overflow here has diverged
-
-
-class Metrics(NamedTuple):
-    """Means over the examples of an evaluation."""
-
-    loss: float  # nats
-    accuracy: float  # fraction
-    examples: int
-
-
-@torch.inference_mode()
-def evaluate(
-    model: RMAAT,
-    batches: Iterable[Batch],
-    processes: Processes = ALONE,
-    slices: Slices | None = None,
-    score: Callable[..., StepResult] = score,
-) -> Metrics:
-    """Loss and accuracy over all examples of `batches`, without dropout.
-
-    Args:
-        processes: those over which the examples are spread.
-        slices: counts the correct answers of this process as well.
-        score: what scores a batch.
-    Raises:
-        UserError: a logit is not finite.
-    """
-    training = model.training
-    model.eval()
-    device = model.memory.device
-    # Loss, correct answers, examples, and examples with a logit that is not finite.
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in batches:
-        logits = score(model, batch).logits
-        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
-        correct = logits.argmax(dim=-1) == batch.labels
-        totals[1] += correct.sum()
-        totals[2] += len(batch.labels)
-        totals[3] += (~logits.isfinite().all(dim=-1)).sum()
-        if slices is not None:
-            slices.add(batch, correct)
-    model.train(training)
-    loss, correct, examples, failed = processes.sum(totals).tolist()
-    check_finite(model, int(failed), f"evaluation of {int(examples):,} examples")
-    return Metrics(loss / examples, correct / examples, int(examples))
-
-
-@torch.no_grad()
-def recompute_statistics(model: RMAAT, batches: Iterable[Batch]) -> None:
-    """Recompute the running statistics of `readout_norm: batch` from the current weights.
-
-    At a high learning rate the mean of a read-out drifts by more than its deviation within the
-    window of a running average. Evaluated with such an average, a trained model guesses.
-
-    Args:
-        batches: of the training split; each counts the same.
-    """
-    norm = model.head[0]
-    momentum, norm.momentum = norm.momentum, None  # None: the mean over all batches
-    norm.reset_running_stats()
-    model.eval()
-    norm.train()
-    for batch in batches:
-        score(model, batch)
-    norm.momentum = momentum
-    model.train()
 
 
 @dataclass

@@ -19,7 +19,7 @@ from dataloader import training_batches
 from lra_config import ConfigError, dump_config, load_config, make_config
 from lra_datasets import open_dataset
 from model import build_model
-from readout import READOUT_MOMENTUM
+from readout import READOUT_MOMENTUM, recompute_statistics
 from run import checkpoint
 from run.files import atomic_write
 from run.log import read_metrics
@@ -29,7 +29,6 @@ from train import (
     evaluate,
     load_initial_weights,
     prepare,
-    recompute_statistics,
     train,
     train_step,
 )

@@ -6,10 +6,10 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from model import RMAAT, autocast_dtype
 from run.processes import ALONE, Processes
 from run.program import UserError
 from training.acceleration import activation_bytes
+from training.gradients import StepResult, score
 from utils import hardware
 
 LENGTH_RANGES = 4  # of equal width, up to max_seq_len
@@ -227,6 +228,51 @@ def slices_text(shares: dict[str, dict[str, Share]]) -> str:
         )
         for name, groups in shares.items()
     )
+
+
+class Metrics(NamedTuple):
+    """Means over the examples of an evaluation."""
+
+    loss: float  # nats
+    accuracy: float  # fraction
+    examples: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: RMAAT,
+    batches: Iterable[Batch],
+    processes: Processes = ALONE,
+    slices: Slices | None = None,
+    score: Callable[..., StepResult] = score,
+) -> Metrics:
+    """Return loss and accuracy over all examples of `batches`, without dropout.
+
+    Args:
+        processes: the processes that share the examples.
+        slices: also counts the correct answers of this process.
+        score: returns the logits of a batch.
+    Raises:
+        UserError: a logit is not finite.
+    """
+    training = model.training
+    model.eval()
+    device = model.memory.device
+    # Loss, correct answers, examples, and examples with a logit that is not finite.
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in batches:
+        logits = score(model, batch).logits
+        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
+        correct = logits.argmax(dim=-1) == batch.labels
+        totals[1] += correct.sum()
+        totals[2] += len(batch.labels)
+        totals[3] += (~logits.isfinite().all(dim=-1)).sum()
+        if slices is not None:
+            slices.add(batch, correct)
+    model.train(training)
+    loss, correct, examples, failed = processes.sum(totals).tolist()
+    check_finite(model, int(failed), f"evaluation of {int(examples):,} examples")
+    return Metrics(loss / examples, correct / examples, int(examples))
 
 
 @contextlib.contextmanager
