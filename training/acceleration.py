@@ -1,7 +1,7 @@
 """How the steps of a run are computed here: device, precision, compilation, CUDA graphs, replays.
 
-Every `auto` of the configuration is resolved here. A mechanism that cannot work is left out, and
-one line says why.
+Every `auto` of the configuration is resolved here. A mechanism that cannot work is switched off,
+and one line reports why.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def reported_out_of_memory() -> Iterator[None]:
     """Report in one line that the memory of the device, or of the machine, did not suffice.
 
     Raises:
-        UserError: in place of torch's OutOfMemoryError, of the RuntimeError of its allocator on
-            the CPU, and of numpy's MemoryError.
+        UserError: replaces torch's OutOfMemoryError, the RuntimeError of its allocator on the
+            CPU, and numpy's MemoryError.
     """
     try:
         yield
@@ -227,8 +227,8 @@ class Graphed:
     """A step captured as one CUDA graph per shape of batch, and replayed.
 
     Batches of full segments have one shape per number of active segments. The first replay of
-    every graph is compared with the eager result. Where they differ, or the capture fails, all
-    further steps are eager and one line says so. All captures share one memory pool and one side
+    every graph is compared with the eager result. If they differ, or the capture fails, all
+    further steps are eager and one line reports it. All captures share one memory pool and one side
     stream: a stream of its own would keep a workspace of the matrix library for each.
     """
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run: its overview, its internals, accuracy by slice, and peak memory."""
+"""Overview of a run, accuracy by slice, internals of the model, and peak memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CLOSING = FIRST_OPERATOR + len(OPERATORS)
 
 @dataclass(frozen=True)
 class Overview:
-    """What a run will do and its expected cost; the figures are kept in `summary.json`."""
+    """The plan of a run and its expected cost; the figures are kept in `summary.json`."""
 
     text: str  # one screen
     tokens_per_step: int  # real ones of all processes, on average
@@ -135,7 +135,7 @@ def check_finite(model: RMAAT, failed: int, what: str) -> None:
 
     Args:
         failed: the number of examples with such logits.
-        what: the name of what was classified, for the message.
+        what: a name for the examples, for the message.
     """
     if not failed:
         return
@@ -187,7 +187,7 @@ class Slices:
             counts.index_add_(0, group.where(inside, 0), ones * inside[:, None])
 
     def shares(self, processes: Processes = ALONE) -> dict[str, dict[str, Share]]:
-        """Return the accuracy by kind of slice and slice; slices without examples are left out."""
+        """Return the accuracy by kind of slice and slice; empty slices are omitted."""
         return {
             name: {
                 group: Share(accuracy=correct / examples, examples=int(examples))

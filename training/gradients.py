@@ -119,8 +119,8 @@ def shared_weights(model: SegmentRecurrent) -> Iterator[list[Source]]:
     """Cast the weights of matrix products once, for all segments that are run inside.
 
     Yields:
-        Every trained parameter and the leaf that the segments read in its place: a copy in the
-        lower precision, or itself where nothing is cast.
+        Every trained parameter and the leaf that the segments read for it: a copy in the lower
+        precision, or the parameter itself if nothing is cast.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     dtype = autocast_dtype(model.precision, next(model.parameters()).device)
@@ -150,9 +150,8 @@ def shared_weights(model: SegmentRecurrent) -> Iterator[list[Source]]:
 class GradientSums:
     """The gradients of leaves, summed over several backward passes.
 
-    `.grad` stays as it is until `send_on`, and each pass's gradients are added in one multi-tensor
-    operation, in the precision of the leaf's source whatever the leaf's own. Sources that are not
-    trained are left out.
+    `.grad` is unchanged until `send_on`. The gradients of each pass are added in one multi-tensor
+    operation, in the precision of the leaf's source. Sources that are not trained are ignored.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -203,7 +202,7 @@ class GradientSums:
 
         Args:
             further: tensors and their gradients, which go the same way. Those that are not
-                trained, or have no gradient, are left out.
+                trained, or have no gradient, are ignored.
         """
         ends = [(self.sources[i][0], total) for i, total in self.sums.items()]
         ends += [(x, g) for x, g in further if x.requires_grad and g is not None]
