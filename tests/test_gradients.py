@@ -1,4 +1,4 @@
-"""AMRB is BPTT: the same gradients, one segment's activations, one position term per step."""
+"""AMRB is BPTT: the same gradients under every switch, precision and frozen parameter."""
 
 from __future__ import annotations
 
@@ -25,27 +25,6 @@ def worst_difference(config, dtype, batch, kept: int = 1) -> float:
     torch.testing.assert_close(amrb.logits, bptt.logits)
     torch.testing.assert_close(amrb.loss, bptt.loss)
     return largest_difference(actual, expected)
-
-
-CASES = [
-    pytest.param(attention, pooling, T, M, id=f"{attention}-{pooling}-T{T}-M{M}")
-    for attention, pooling, T, M in itertools.product(
-        ["astro", "softmax", "linear", "nystrom", "luna"], ["mean", "last", "memory"],
-        [1, 2, 4, 16], [0, 1, 4],
-    )
-    if M or not (pooling == "memory" or attention == "luna")
-]
-
-
-@pytest.mark.parametrize(("attention", "pooling", "T", "M"), CASES)
-def test_amrb_gradients_equal_bptt(attention, pooling, T, M):
-    for dropout, padded in ((0.0, True), (0.3, True), (0.3, False)):
-        config = tiny_config(
-            max_seq_len=48, attention_type=attention, pooling=pooling, num_segments=T,
-            num_memory_tokens=M, dropout=dropout,
-        )
-        batch = tiny_batch(config, LENGTHS if padded else None)
-        assert worst_difference(config, torch.float64, batch) <= TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "memory"])
@@ -157,42 +136,6 @@ def test_both_leave_the_random_state_at_the_same_place():
         gradients_of(config, backward, tiny_batch(config))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
-
-
-class LiveBytes:
-    """The largest number of bytes that autograd held for the backward pass at one time."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-
-    def measure(self, model, backward, batch) -> int:
-        meter = self
-
-        class Saved:
-            def __init__(self, tensor):
-                self.tensor = tensor
-                meter.now += tensor.numel() * tensor.element_size()
-                meter.peak = max(meter.peak, meter.now)
-
-            def __del__(self):
-                meter.now -= self.tensor.numel() * self.tensor.element_size()
-
-        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            backward(model, batch)
-        return self.peak
-
-
-def test_activations_are_those_of_one_segment_whatever_their_number():
-    def peak(backward, num_segments: int) -> int:
-        config = tiny_config(max_seq_len=64 * num_segments, num_segments=num_segments)
-        return LiveBytes().measure(build_model(config), backward, tiny_batch(config))
-
-    assert peak(amrb_backward, 32) < 1.2 * peak(amrb_backward, 2)
-    assert peak(bptt_backward, 32) > 12 * peak(bptt_backward, 2)
-    one, four, all_ = (
-        peak(functools.partial(amrb_backward, kept=kept), 16) for kept in (1, 4, 16)
-    )
-    assert 3 * one < four < 4.2 * one and all_ > 12 * one
 
 
 @pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])

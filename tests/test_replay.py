@@ -66,11 +66,6 @@ def test_auto_keeps_what_fits_into_half_of_the_free_memory(monkeypatch, capsys, 
     assert capsys.readouterr().out.startswith(f"replay_segments: {8 - kept} of 8; ")
 
 
-def test_a_number_says_how_many_are_replayed():
-    config = tiny_config(**CONFIG, replay_segments=5)
-    assert BudgetedReplay(amrb_backward, config).kept == 3
-
-
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_a_step_without_memory_is_done_again_with_less(monkeypatch, capsys, norm):
     """It fails in the middle of its replays; nothing of it is left in the second try."""
@@ -134,18 +129,13 @@ def test_a_run_trains_alike_whatever_it_replays(listops_dir, tmp_path, monkeypat
     assert kept == [1] * 6 + [4 if asked == "auto" else 3] * 6
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("replay_segments=4", ["replay_segments=4", "0 to 3"]),
-    ("replay_segments=some", ["replay_segments"]),
-    ("replay_segments=-1", ["replay_segments"]),
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["replay_segments=4"], ["replay_segments=4", "0 to 3"]),
+    (["replay_segments=some"], ["replay_segments"]),
+    (["replay_segments=-1"], ["replay_segments"]),
+    (["replay_segments=auto", "memory_replay_backprop=false"],
+     ["replay_segments=auto", "memory_replay_backprop"]),
 ])
-def test_what_cannot_be_replayed_is_refused(listops_dir, tmp_path, override, words):
+def test_what_cannot_be_replayed_is_refused(listops_dir, tmp_path, overrides, words):
     path = write_config(tmp_path, listops_dir)
-    assert_refused(run_cli("--config", path, override, cwd=tmp_path), *words)
-
-
-def test_bptt_replays_nothing(listops_dir, tmp_path):
-    path = write_config(tmp_path, listops_dir)
-    overrides = ["replay_segments=auto", "memory_replay_backprop=false"]
-    result = run_cli("--config", path, *overrides, cwd=tmp_path)
-    assert_refused(result, "replay_segments=auto", "memory_replay_backprop")
+    assert_refused(run_cli("--config", path, *overrides, cwd=tmp_path), *words)
