@@ -163,9 +163,14 @@ def print_predictions(model: RMAAT, source: str) -> None:
             print_result(json.dumps(prediction))
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run the command line and return its exit status; examples/own_dataset.py calls it too."""
     end_by_exception()
-    status = run_program(NAME, command)
+    return run_program(NAME, command)
+
+
+if __name__ == "__main__":
+    status = main()
     if status and os.environ.get("WORLD_SIZE", "1") != "1":
         # Without the clean-up that waits for the other processes: torchrun ends them.
         sys.stderr.flush()

@@ -3,8 +3,8 @@
 #
 #     sbatch examples/slurm.sh configs/text.yaml run_name=text seed=0
 #
-# The job ends itself before its time is up, or when it is preempted, and queues itself again; the
-# same command goes on from the checkpoint. Submit from the repository's root.
+# The job stops before its time limit, or when it is preempted, and submits itself again. The same
+# command continues from the checkpoint. Submit it from the repository's root.
 #SBATCH --job-name=rmaat
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=4
@@ -14,10 +14,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# Less than --time by what an evaluation may take; a preempted job gets SIGTERM and saves as well.
-srun .venv/bin/python run_train.py --config "$@" --resume max_minutes=225
+# 225 minutes leave room for a validation before --time. SIGTERM, which preemption sends too, saves a
+# checkpoint and exits with 143.
+srun timeout --foreground --preserve-status -s TERM 225m \
+  .venv/bin/python run_train.py --config "$@" --resume
 status=$?
 case $status in
-  75 | 143) scontrol requeue "$SLURM_JOB_ID" ;;  # out of time, or preempted: to be gone on with
+  143) scontrol requeue "$SLURM_JOB_ID" ;;
   *) exit $status ;;
 esac

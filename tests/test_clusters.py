@@ -15,7 +15,7 @@ from lra_config import Config, read_mapping
 from sweep import load_runs
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (75, True), (143, True)])
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (143, True)])
 def test_the_slurm_job_queues_itself_again_when_it_was_cut(tmp_path, status, requeued):
     for name, body in {
         "srun": f'echo "$@" > {tmp_path}/srun.txt; exit {status}',
@@ -29,8 +29,8 @@ def test_the_slurm_job_queues_itself_again_when_it_was_cut(tmp_path, status, req
     )
     assert (tmp_path / "scontrol.txt").exists() == requeued
     assert result.returncode == (0 if requeued else status)
-    _, script, *arguments = (tmp_path / "srun.txt").read_text().split()
-    assert script == "run_train.py" and "--resume" in arguments
+    words = (tmp_path / "srun.txt").read_text().split()
+    assert words[0] == "timeout" and {"run_train.py", "--resume"} <= set(words)
     if requeued:
         assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
 
