@@ -327,7 +327,7 @@ def retention_figure(folders: Sequence[Path]) -> Figure:
     figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
     # Paired documents are encoded apart, each in its share of the segments.
-    counts = sorted({(c.num_segments // c.num_sequences, c.astro_mem) for c in configs})
+    counts = sorted({(c.segments_per_sequence, c.astro_mem) for c in configs})
     for number, (T, astro_mem) in enumerate(counts):
         factors = retention_factors(T).tolist() if astro_mem else [1.0] * T
         label = f"T = {T}" if astro_mem else f"T = {T}, astro_mem: false"

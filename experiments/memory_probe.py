@@ -59,7 +59,7 @@ def collect_memories(
 def probe(place: Path, overrides: Sequence[str]) -> list[list[str]]:
     """The rows of the table for one model: after the first segment, half of them, and all."""
     model, splits = open_place(place, overrides)
-    T = model.config.num_segments // model.num_sequences
+    T = model.config.segments_per_sequence
     segments = sorted({1, max(T // 2, 1), T})
     rng = np.random.default_rng(0)
     features: dict[int, dict[str, np.ndarray]] = {t: {} for t in segments}

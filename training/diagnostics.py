@@ -157,7 +157,7 @@ class Slices:
     """Counts correct answers by label, by length, and for ListOps by root operator and depth.
 
     A length is the number of real tokens of all documents of an example, in quarters of
-    `max_seq_len`; images have none, as they are all alike. The root is the outermost operator. The
+    `max_seq_len`; images have one length and no such slice. The root is the outermost operator. The
     depth is the number of operators around a token, averaged over the tokens and rounded: nearly
     every expression of 500 tokens has the greatest depth somewhere.
     """

@@ -63,9 +63,9 @@ def amrb_backward(
     positions = model.positions()
     shared = None if positions is None else _leaf(positions)
     if seed is None:
-        seed = model.dropout_seed()  # one for both passes: the replay drops what the first one did
-    # All that stays over the segments is allocated before them: small tensors that stay, strewn
-    # between activations that go, would leave the heap full of holes.
+        seed = model.dropout_seed()  # one for both passes, so that both drop the same
+    # Tensors that outlive the segments are allocated before them: small ones between activations
+    # that are freed would fragment the heap.
     B, M, D = initial_memory.shape
     replay_buffer = initial_memory.new_empty(replayed + 1, B, M, D)
     readouts = initial_memory.new_empty(len(segments), B, D)
