@@ -422,8 +422,14 @@ def evaluate_split(run: Run, split: str, slices: Slices | None = None) -> Metric
         run.splits[split], run.config, run.device, run.processes,
         whole_segments=run.model.fixed_shapes,
     )
-    batches = itertools.takewhile(lambda _: not run.signals, batches)
-    metrics = evaluate(run.model, batches, run.processes, slices, run.score)
+
+    def until_signal() -> Iterator[Batch]:
+        for batch in batches:
+            yield batch  # at least one, as there is no mean over no example
+            if run.signals:
+                return
+
+    metrics = evaluate(run.model, until_signal(), run.processes, slices, run.score)
     run.interrupted = run.processes.largest(len(run.signals)) > 0
     return None if run.interrupted else metrics
 

@@ -117,9 +117,12 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, listops_dir):
     assert not [*(tmp_path / "run").glob("*.part"), *(tmp_path / "run").glob("*.lock")]
 
 
-@pytest.mark.parametrize("evaluation", [0, 2, 3], ids=["validation", "last validation", "test"])
+@pytest.mark.parametrize(
+    ("evaluation", "early"), [(0, False), (0, True), (2, False), (3, False)],
+    ids=["validation", "before its first batch", "last validation", "test"],
+)
 def test_a_signal_ends_an_evaluation_and_the_resumed_run_repeats_it(
-    tmp_path, listops_dir, monkeypatch, evaluation
+    tmp_path, listops_dir, monkeypatch, evaluation, early
 ):
     train(config_of(tmp_path, listops_dir, "full"))
     evaluate, calls = train_module.evaluate, []
@@ -130,10 +133,12 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_repeats_it(
         def counted():
             for batch in batches:
                 calls[-1] += 1
-                if len(calls) == evaluation + 1:
+                if len(calls) == evaluation + 1 and not early:
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
+        if early and len(calls) == evaluation + 1:
+            signal.raise_signal(signal.SIGTERM)
         return evaluate(model, counted(), *arguments, **options)
 
     config = config_of(tmp_path, listops_dir, "cut")
