@@ -211,14 +211,6 @@ def test_a_batch_is_trimmed_to_its_longest_sequence(data):
     assert int((final.tokens != 0).sum()) == split.lengths[199]
 
 
-def test_a_batch_without_padding_has_no_mask(data):
-    split = load(data)
-    length = int(split.lengths[0, 0])
-    config = tiny_config(max_seq_len=length, num_segments=1)
-    whole = collate(split, np.array([0]), config, CPU)
-    assert whole.mask is None and whole.tokens.shape == (1, length)
-
-
 def test_evaluation_sees_every_example_once(data):
     split = load(data, "val")
     batches = list(evaluation_batches(split, tiny_config(batch_size=8), CPU))

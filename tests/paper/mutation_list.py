@@ -23,7 +23,7 @@ HEADS = "attention/heads.py"
 BASELINES = "attention/baselines.py"
 DROPOUT = "attention/dropout.py"
 PACKING = "data/packing.py"
-INSPECTION = "data/inspection.py"
+LAYOUT = "data/layout.py"
 LISTOPS = "data/listops.py"
 PATHFINDER = "data/pathfinder_scenes.py"
 
@@ -508,34 +508,34 @@ _SYSTEMS = [
     ("evaluation-accuracy", "training/diagnostics.py",
      "correct = logits.argmax(dim=-1) == batch.labels",
      "correct = logits.argmin(dim=-1) == batch.labels", "the least likely class counts as answer"),
-    ("task-length", "lra_config.py", "ListOpsTokenizer, num_classes=10, max_seq_len=2048",
+    ("task-length", "data/tasks.py", "ListOpsTokenizer, num_classes=10, max_seq_len=2048",
      "ListOpsTokenizer, num_classes=10, max_seq_len=1024", "ListOps is half as long"),
     ("published-figure", "tables.py", "38.9, 65.9, 83.2, 64.8, 87.1",
      "38.9, 65.9, 82.3, 64.8, 87.1", "two digits of a published figure change places"),
 ]
 
 _DATA = [
-    ("byte-offset", "lra_config.py", "offset = 1  # id", "offset = 0  # id",
+    ("byte-offset", "data/tasks.py", "offset = 1  # id", "offset = 0  # id",
      "a byte's id is its value"),
-    ("listops-ids", "lra_config.py", "enumerate(self.tokens, start=PADDING_ID + 1)",
+    ("listops-ids", "data/tasks.py", "enumerate(self.tokens, start=PADDING_ID + 1)",
      "enumerate(self.tokens, start=PADDING_ID)", "[MIN has the id of padding"),
-    ("listops-bracket", "lra_config.py", '"[SM", "]", *"0123456789")', '"]", "[SM", *"0123456789")',
+    ("listops-bracket", "data/tasks.py", '"[SM", "]", *"0123456789")', '"]", "[SM", *"0123456789")',
      "ids of saved weights change their meaning"),
-    ("listops-parentheses", "lra_config.py", 'text.replace("(", " ").replace(")", " ").split()',
+    ("listops-parentheses", "data/tasks.py", 'text.replace("(", " ").replace(")", " ").split()',
      'text.replace("(", " ").replace(")", " ] ").split()', "parentheses become brackets"),
-    ("word-ids", "lra_config.py", "enumerate(vocabulary, start=self.unknown_id + 1)",
+    ("word-ids", "data/tasks.py", "enumerate(vocabulary, start=self.unknown_id + 1)",
      "enumerate(vocabulary, start=self.unknown_id)", "the first word is unknown"),
-    ("word-order", "lra_config.py", "key=lambda word: (-counts[word], word)",
+    ("word-order", "data/tasks.py", "key=lambda word: (-counts[word], word)",
      "key=lambda word: (counts[word], word)", "the rarest words come first"),
-    ("word-case", "lra_config.py", '.replace("<br />", " ").lower()', '.replace("<br />", " ")',
+    ("word-case", "data/tasks.py", '.replace("<br />", " ").lower()', '.replace("<br />", " ")',
      "capitals make other words"),
-    ("grey-weights", "lra_datasets.py", "[0.2989, 0.5870, 0.1140]", "[0.1140, 0.5870, 0.2989]",
+    ("gray-weights", "lra_datasets.py", "[0.2989, 0.5870, 0.1140]", "[0.1140, 0.5870, 0.2989]",
      "red and blue change places"),
-    ("grey-rounding", "lra_datasets.py", "np.rint(np.einsum(", "np.floor(np.einsum(",
-     "grey is rounded down"),
-    ("grey-layout", "lra_datasets.py", "images.reshape(-1, 3, self.config.task.max_seq_len)",
+    ("gray-rounding", "lra_datasets.py", "np.rint(np.einsum(", "np.floor(np.einsum(",
+     "gray is rounded down"),
+    ("gray-layout", "lra_datasets.py", "images.reshape(-1, 3, self.config.task.max_seq_len)",
      "images.reshape(-1, self.config.task.max_seq_len, 3).swapaxes(1, 2)",
-     "colours are read as interleaved"),
+     "colors are read as interleaved"),
     ("imdb-label", "lra_datasets.py", 'int(path.parent.name == "pos")',
      'int(path.parent.name == "neg")', "negative is label 1"),
     ("imdb-cut", "lra_datasets.py", "document[: self.config.max_seq_len]",
@@ -551,10 +551,10 @@ _DATA = [
      "for text in columns[:2:-1])", "the documents change places"),
     ("aan-cut", "lra_datasets.py", "self.tokenizer.encode(text[:limit])",
      "self.tokenizer.encode(text[: 2 * limit])", "documents are cut too late"),
-    ("aan-validation", INSPECTION, '"val": ("new_aan_pairs.eval.tsv",)',
+    ("aan-validation", LAYOUT, '"val": ("new_aan_pairs.eval.tsv",)',
      '"val": ("new_aan_pairs.test.tsv",)', "models are selected on test"),
-    ("listops-header", "lra_datasets.py", 'if where.endswith(" row 1"):',
-     'if where.endswith(" row 0"):', "the header is read as a row"),
+    ("listops-header", "lra_datasets.py", "where, header = next(table,",
+     "where, header = next(rows(self.sources(part)[0]),", "the header is read as a row"),
     ("held-out", PACKING, "HELD_OUT = 0.1", "HELD_OUT = 0.2", "a fifth is held out"),
     ("collate-offset", "dataloader.py", ".astype(np.int64) + split.offset", ".astype(np.int64)",
      "bytes lose their offset"),
@@ -576,7 +576,7 @@ _DATA = [
      "np.add.reduceat(args, first) % 9", "sums are taken modulo nine"),
     ("generator-length", LISTOPS, "(min_length < lengths) & (lengths < max_length)",
      "(min_length <= lengths) & (lengths < max_length)", "the shortest length is let in"),
-    ("generator-splits", INSPECTION, "(96_000, 2_000, 2_000)", "(96_000, 200, 2_000)",
+    ("generator-splits", LAYOUT, "(96_000, 2_000, 2_000)", "(96_000, 200, 2_000)",
      "the validation split is a tenth"),
     ("paths-distractors", PATHFINDER, "return self.contour_length // 3",
      "return self.contour_length // 2", "distractors are too long"),
@@ -584,8 +584,7 @@ _DATA = [
      "targets start nearer to each other"),
     ("paths-marker", PATHFINDER, "MARKER_RADIUS = 1.5", "MARKER_RADIUS = 1.0",
      "markers are too small"),
-    ("paths-hard", PATHFINDER, '"curv_contour_length_14", 14)', '"curv_contour_length_14", 9)',
-     "the hard split is the intermediate one"),
+    ("paths-hard", LAYOUT, '"hard": 14}', '"hard": 12}', "hard contours are shorter"),
 ]
 
 MUTATIONS = [

@@ -146,16 +146,6 @@ def test_words_are_lower_case_runs_of_letters_digits_and_apostrophes(tmp_path):
     assert reader.tokenizer.vocab_size == 20_002
 
 
-def test_a_tenth_of_the_training_reviews_is_held_out_for_selection(tmp_path):
-    write_imdb(tmp_path)
-    _, found = splits(tmp_path, "imdb_lra")
-    assert {name: len(split) for name, split in found.items()} == {
-        "train": 36, "val": 4, "test": 40
-    }
-    starts = np.concatenate([found["train"].starts, found["val"].starts]).ravel()
-    assert len(np.unique(starts)) == 40
-
-
 # ---- images --------------------------------------------------------------------------------------
 
 COLOURS = {  # grey = 0.2989 R + 0.5870 G + 0.1140 B, to the nearest
@@ -205,20 +195,6 @@ def test_pathfinder_rows_name_the_image_and_the_label_and_empty_images_are_count
     assert [label for _, label in rows] == [0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0]
     assert rows[0][0][1:].tolist() == (np.arange(1, 1024) // 4 % 256).tolist()
     assert reader.skipped == 1 and reader.tokenizer.offset == 1
-
-
-def test_pathfinder_is_split_eight_to_one_to_one(tmp_path):
-    folder = tmp_path / "lra_release" / "pathfinder32" / "curv_contour_length_14"
-    (folder / "metadata").mkdir(parents=True)
-    (folder / "imgs" / "0").mkdir(parents=True)
-    for i in range(40):
-        Image.new("L", (32, 32), i).save(folder / f"imgs/0/sample_{i}.png")
-    rows = "".join(f"imgs/0 sample_{i}.png {i} {i % 2} 1.0\n" for i in range(40))
-    (folder / "metadata" / "0.npy").write_text(rows)
-    _, found = splits(tmp_path, "pathfinder32")
-    assert [len(found[name]) for name in ("train", "val", "test")] == [32, 4, 4]
-    starts = np.concatenate([split.starts.ravel() for split in found.values()])
-    assert len(np.unique(starts)) == 40
 
 
 def test_generated_pathfinder_has_the_published_parameters(tmp_path):
