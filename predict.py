@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ from run.program import shown
 from train import evaluate
 from training.acceleration import resolve_device
 from training.diagnostics import Slices, check_finite
-
-MAX_LINE = 16 * 2**20  # bytes of an example
 
 
 def load_trained(
@@ -102,11 +100,6 @@ def tokenizer_of(model: RMAAT) -> Tokenizer:
     return WordTokenizer(model.vocabulary)
 
 
-def bounded_lines(handle: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, of which `predict` refuses what is longer than `MAX_LINE`."""
-    return iter(lambda: handle.readline(MAX_LINE + 1), b"")
-
-
 @torch.inference_mode()
 def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[str, Any]]:
     """Classify one example per line, `batch_size` at a time, in the order of the lines.
@@ -152,14 +145,12 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
 def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
     """The documents of one line of input, each (length,).
 
-    ListOps: an expression. Bytes and words: a text. Images: the grey values from 0 to 255, row by
+    ListOps: an expression. Bytes and words: a text. Images: the gray values from 0 to 255, row by
     row, separated by spaces. Pairs: two texts separated by a tab.
 
     Raises:
         ValueError: the line is none of that, or too long.
     """
-    if len(line) > MAX_LINE:
-        raise ValueError(f"has more than {MAX_LINE:,} bytes; cut the line")
     columns = line.split(b"\t") if config.task.tab_separated else [line]
     expected, limit = config.task.num_documents, config.document_len
     if len(columns) != expected:
@@ -175,7 +166,7 @@ def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.n
 
 def _encode(text: bytes, config: Config, tokenizer: Tokenizer) -> np.ndarray:
     if config.task.is_image:
-        return _grey_values(text, config.task.max_seq_len)
+        return _gray_values(text, config.task.max_seq_len)
     if isinstance(tokenizer, ByteTokenizer):
         return tokenizer.encode(text)
     try:
@@ -184,11 +175,11 @@ def _encode(text: bytes, config: Config, tokenizer: Tokenizer) -> np.ndarray:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
 
 
-def _grey_values(text: bytes, expected: int) -> np.ndarray:
+def _gray_values(text: bytes, expected: int) -> np.ndarray:
     values = text.split()
     wrong = [v for v in values if not (v.isdigit() and int(v) <= 255)]
     if wrong:
-        raise ValueError(f"{wrong[0].decode(errors='replace')!r} is no grey value from 0 to 255")
+        raise ValueError(f"{wrong[0].decode(errors='replace')!r} is no gray value from 0 to 255")
     if len(values) != expected:
-        raise ValueError(f"has {len(values)} grey values, an image has {expected}")
+        raise ValueError(f"has {len(values)} gray values, an image has {expected}")
     return np.array(values, dtype=int).astype(np.uint8)

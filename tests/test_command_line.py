@@ -390,7 +390,7 @@ def test_a_bad_line_is_named_by_its_row(trained, line, words):
 @pytest.mark.parametrize(("dataset", "good", "bad"), [
     ("imdb_lra", b"caf\xe9\t!", [(b"", "empty"), (b"a" * 4097, "4097")]),
     ("aan", b"one\ttwo", [(b"one", "1 tab-separated"), (b"one\t", "empty")]),
-    ("cifar10", b"0 255 " * 512, [(b"0 256", "256"), (b"1 2", "2 grey values"), (b"x", "'x'")]),
+    ("cifar10", b"0 255 " * 512, [(b"0 256", "256"), (b"1 2", "2 gray values"), (b"x", "'x'")]),
 ])
 def test_each_kind_of_input_is_encoded_as_its_reader_does(dataset, good, bad):
     config = make_config({"dataset": dataset})
