@@ -151,12 +151,3 @@ def atomic_folder(target: str | Path, work: str = "writes it") -> Iterator[Path]
 def _check_absent(target: Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "exists; remove it or choose another", str(target))
-
-
-# The former names.
-whole_folder = atomic_folder
-
-
-def opened(path: str | Path) -> IO[bytes]:
-    """Open a file to read its bytes."""
-    return open(path, "rb")
