@@ -1,8 +1,8 @@
-"""Using a trained model: evaluation of a checkpoint, and predictions for lines of input."""
+"""Evaluation of a checkpoint, and predictions for lines of input."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,22 @@ from training.diagnostics import Slices, check_finite
 def load_trained(
     path: Path, config: Config | None = None, overrides: dict[str, Any] | None = None
 ) -> RMAAT:
-    """The model of a checkpoint, on its device, in evaluation mode.
+    """Return the model of a checkpoint, on its device, in evaluation mode.
 
     Args:
-        path: a `last.pt`, a `best.pt`, or a `.safetensors` beside its `config.json`.
+        path: a `last.pt`, a `best.pt`, or a `.safetensors` next to its `config.json`.
         config: the run; None takes the checkpoint's own, with `overrides` over it.
         overrides: key to value, where `config` is None.
     Raises:
         CheckpointError: there is none at `path`, or it does not hold a model of ours.
-        ConfigError: the configuration asks for another model than the checkpoint's, or by another
-            seed for other held-out examples.
+        ConfigError: the configuration describes another model than the checkpoint's, or another
+            seed, which may have chosen other held-out examples.
     """
     state = checkpoint.read(path)
     saved = make_config(state.config, str(path))
     if config is None:
         config = make_config({**state.config, **(overrides or {})}, str(path))
-    for key in (*Config.keys("model"), "seed"):  # it may have chosen what is held out
+    for key in (*Config.keys("model"), "seed"):
         ours, theirs = getattr(config, key), getattr(saved, key)
         if ours != theirs:
             raise ConfigError(
@@ -57,8 +57,8 @@ def load_trained(
     return model.to(resolve_device(config)).eval()
 
 
-def evaluate_splits(model: RMAAT) -> dict[str, Any]:
-    """Loss (nats), accuracy (fraction, by slice too) and number of examples of the held-out splits.
+def evaluate_splits(model: RMAAT, names: Sequence[str] = ("val", "test")) -> dict[str, Any]:
+    """Return loss (nats), accuracy (fraction, also by slice) and number of examples per split.
 
     Raises:
         DataError: the data are missing or damaged.
@@ -74,7 +74,7 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
 
     splits = processes.first_alone(load)
     result: dict[str, Any] = {}
-    for name in ("val", "test"):
+    for name in names:
         batches = evaluation_batches(splits[name], config, device, processes)
         slices = Slices(config, device)
         metrics = evaluate(model, batches, processes, slices)
@@ -84,7 +84,7 @@ def evaluate_splits(model: RMAAT) -> dict[str, Any]:
 
 
 def tokenizer_of(model: RMAAT) -> Tokenizer:
-    """The tokenizer that the model was trained with.
+    """Return the tokenizer that the model was trained with.
 
     Raises:
         CheckpointError: a model of words came without its vocabulary.
@@ -95,7 +95,7 @@ def tokenizer_of(model: RMAAT) -> Tokenizer:
     if model.vocabulary is None:
         raise CheckpointError(
             f"the checkpoint holds no vocabulary, dataset={model.config.dataset} has words; train "
-            "again, or go on with --resume, to have it saved"
+            "again, or continue with --resume, to have it saved"
         )
     return WordTokenizer(model.vocabulary)
 
@@ -107,7 +107,7 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
     Args:
         model: in evaluation mode.
         lines: as `encode_line` reads them; a final line break is not part of a line.
-        source: what an error calls them.
+        source: their name in errors.
     Yields:
         `class`, and `probabilities` of all classes.
     Raises:
@@ -143,7 +143,7 @@ def predict(model: RMAAT, lines: Iterable[bytes], source: str) -> Iterator[dict[
 
 
 def encode_line(line: bytes, config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
-    """The documents of one line of input, each (length,).
+    """Return the documents of one line of input, each (length,).
 
     ListOps: an expression. Bytes and words: a text. Images: the gray values from 0 to 255, row by
     row, separated by spaces. Pairs: two texts separated by a tab.
@@ -177,9 +177,9 @@ def _encode(text: bytes, config: Config, tokenizer: Tokenizer) -> np.ndarray:
 
 def _gray_values(text: bytes, expected: int) -> np.ndarray:
     values = text.split()
-    wrong = [v for v in values if not (v.isdigit() and int(v) <= 255)]
-    if wrong:
-        raise ValueError(f"{wrong[0].decode(errors='replace')!r} is no gray value from 0 to 255")
+    for value in values:
+        if not (value.isdigit() and len(value) <= 3 and int(value) <= 255):
+            raise ValueError(f"{value.decode(errors='replace')!r} is no gray value from 0 to 255")
     if len(values) != expected:
         raise ValueError(f"has {len(values)} gray values, an image has {expected}")
     return np.array(values, dtype=int).astype(np.uint8)

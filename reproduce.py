@@ -1,26 +1,30 @@
-"""The published tables, ours beside theirs: `python reproduce.py accuracy --tasks listops`.
+"""The paper's accuracy tables next to ours, and a check of the committed weights.
 
-    accuracy     test accuracy of every system on every task
-    ablations    RMAAT with one thing changed
-    readouts     RMAAT with read-outs that need the memory
-    memory       peak memory of a training step, measured by benchmark.py
-    throughput   training tokens per second, measured by benchmark.py
+    python reproduce.py accuracy --tasks listops     test accuracy of every system on every task
+    python reproduce.py ablations --tasks listops    RMAAT with one thing changed
+    python reproduce.py readouts --tasks listops     RMAAT with read-outs that need the memory
+    python reproduce.py verify --set data_dir=DIR    evaluate the weights below results/
 
-A cell of the first three is a run of `run_train.py` below `runs/reproduce/`; its summary, resolved
+A cell of a table is a run of `run_train.py` below `runs/reproduce/`. Its summary, resolved
 configuration, metrics and curves are kept in
-`results/reproduce/<table>/<budget>/<task>/<system>/seed<k>/`. What any folder below `results/`
-already holds is not run again, whatever its name: a run is recognised by its configuration. A run
-that was interrupted goes on from its checkpoint. A failed cell is reported and left empty.
+`results/reproduce/<table>/<budget>/<task>/<system>/seed<k>/`. A run that a folder below `results/`
+holds is not trained again: runs are recognized by their configuration. An interrupted run continues
+from its checkpoint. A failed cell is reported and left empty. A cell is marked "(other code)" if a
+file of the model changed after its commit, and "(unknown code)" if git does not know.
+
+`benchmark.py` measures memory and throughput.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,48 +32,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tables as published
-from experiments.tables import Measured, ablation_table, accuracy_table, ratio_table
-from lra_config import Config, ConfigError, UserError, dump_config, load_config, read_mapping
+from lra_config import (
+    Attention,
+    Config,
+    ConfigError,
+    dump_config,
+    load_config,
+    read_mapping,
+    single_values,
+)
 from run.files import atomic_write, write_json
-from run.program import Parser, caught_signals, run_program
+from run.program import Parser, UserError, caught_signals, print_result, run_program
+from tables import ABLATIONS, ACCURACY, SYSTEMS, TASKS, markdown, number
 
 ROOT = Path(__file__).parent
 RESULTS, RUNS = Path("results"), Path("runs")
-TRAINED, MEASURED = ("accuracy", "ablations", "readouts"), ("memory", "throughput")
+MODEL_FILES = ("model.py", "readout.py", "attention", "astrocyte.py", "train.py")
+TOLERANCE = 0.1  # points of accuracy between a reported and a measured figure
 
 # Over the task's file and the system's; the same number of steps for all systems.
 BUDGETS: dict[str, dict[str, Any]] = {
     "full": {},
-    # A whole schedule of its own: about four minutes of RMAAT on ListOps on one CPU core.
+    # A complete schedule: about four minutes of RMAAT on ListOps on one CPU core.
     "short": {"max_steps": 300, "warmup_steps": 100, "eval_interval": 100},
-    # Proves the path and no more.
+    # Proves that everything runs, and nothing else.
     "smoke": {
         "max_steps": 3, "warmup_steps": 1, "eval_interval": 3, "batch_size": 8, "dim": 16,
         "num_layers": 1, "num_heads": 2, "ffn_dim": 16,
-        "num_hidden": None, "basis_init": "landmarks",  # a local start needs more features
+        "num_hidden": None, "basis_init": "landmarks",  # neighbors needs more features
     },
 }
-REPEATS = {"full": 3, "short": 1, "smoke": 1}  # of each measurement
+Variants = dict[str, tuple[str, dict[str, Any]]]  # name: description, overrides over rmaat.yaml
 
 
-def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """RMAAT with one thing changed: name to (what it is, overrides over `rmaat.yaml`).
+def ablations(task: str) -> Variants:
+    """Return the variants of RMAAT with one thing changed.
 
-    The number of segments changes at equal segment length where documents are texts, which the
-    reader cuts to `max_seq_len` (the paper's experiment on Retrieval). ListOps expressions and
-    images cannot be cut: there the whole sequence is split into fewer or more segments.
+    For texts, which the reader cuts to `max_seq_len`, the number of segments changes at equal
+    segment length, as in the paper's experiment on Retrieval. ListOps expressions and images cannot
+    be cut: there the full sequence is split into fewer or more segments.
     """
     base = load_config(ROOT / "configs" / f"{task}.yaml")
-    rows = {
+    rlt = read_mapping(ROOT / "configs" / "tables" / "rlt.yaml")
+    rows: Variants = {
         "rmaat": ("RMAAT", {}),
         "no_retention": ("without the retention factor", {"astro_mem": False}),
-        "bptt": ("BPTT in the place of AMRB", {"memory_replay_backprop": False}),
+        "bptt": ("BPTT instead of AMRB", {"memory_replay_backprop": False}),
         "no_h_astro": ("without H_astro", {"hebbian_astro": False}),
         "no_p": ("without P", {"presynaptic_normalize": False}),
-        "rlt_amrb": ("RLT with AMRB", {
-            **read_mapping(ROOT / "configs" / "tables" / "rlt.yaml"), "memory_replay_backprop": True
-        }),
+        "rlt_amrb": ("RLT with AMRB", {**rlt, "memory_replay_backprop": True}),
     }
     for alpha in (0.15, 0.25, 0.4, 1.0):
         rows[f"alpha_{alpha:g}"] = (f"alpha = {alpha:g}", {"presynaptic_alpha": alpha})
@@ -81,17 +92,17 @@ def ablations(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
             values["max_seq_len"] = T * base.segment_len
         S = values.get("max_seq_len", base.max_seq_len) // T
         if base.copies_neighbors and S != base.segment_len:
-            values["num_hidden"] = S  # the local start has a neuron for each token
-        rows[f"segments_{T}"] = (f"{T} segments of {S}", values)
+            values["num_hidden"] = S  # the neighbor initialization has a neuron for each token
+        rows[f"segments_{T}"] = (f"{T} segments", values)
     return rows
 
 
-def readouts(task: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """RMAAT with read-outs that hold what earlier segments said only if the memory carried it.
+def readouts(task: str) -> Variants:
+    """Return the variants that read earlier segments only through the memory.
 
-    As `ablations`; the mean over all tokens, which needs no memory, is the row they compare with.
+    They are compared with the mean over all tokens, which needs no memory.
     """
-    rows = {"rmaat": ("mean over all tokens", {})}
+    rows: Variants = {"rmaat": ("mean over all tokens", {})}
     for pooling, what in {"last": "the last segment", "memory": "the memory tokens"}.items():
         for M in (0, 1, 4, 16):
             values = {"pooling": pooling, "num_memory_tokens": M}
@@ -119,63 +130,75 @@ class Cell:
     seed: int
 
     @property
-    def place(self) -> Path:
-        folder = Path("reproduce", self.table, self.budget, self.task, self.system)
-        return folder / f"seed{self.seed}"
+    def folder(self) -> Path:
+        """The cell's folder below `runs/` and below `results/`."""
+        parts = (self.table, self.budget, self.task, self.system, f"seed{self.seed}")
+        return Path("reproduce", *parts)
 
     @property
     def task_file(self) -> Path:
+        """The configuration of the task."""
         return ROOT / "configs" / f"{self.task}.yaml"
 
-    def overrides(self, machine: Mapping[str, str]) -> list[str]:
-        """`key=value` over the task's file; `machine` holds `data_dir` and `device`, if given."""
+    def overrides(self, machine: Sequence[str] = ()) -> list[str]:
+        """Return `key=value` over the task's file; `machine` holds overrides such as `data_dir`."""
         system, changes = self.system, {}
         if self.table in VARIANTS:
             system, changes = "rmaat", VARIANTS[self.table](self.task)[self.system][1]
-        run_dir = RUNS / self.place
-        values = {
-            **read_mapping(ROOT / "configs" / "tables" / f"{system}.yaml"),
-            **changes, **BUDGETS[self.budget], **machine,
+        base, run_dir = load_config(self.task_file), RUNS / self.folder
+        values = {**read_mapping(ROOT / "configs" / "tables" / f"{system}.yaml"), **changes}
+        if system != "rmaat" and base.position_embedding == "none":
+            # The task's positions come from RMAAT's neighbor initialization; others lack it.
+            values["position_embedding"] = "sinusoidal"
+        if values.get("num_segments") == 1:  # of each sequence: paired documents may be two
+            values["num_segments"] = base.num_sequences
+        values |= {
+            **BUDGETS[self.budget], **single_values(machine),
             "seed": self.seed, "output_dir": str(run_dir.parent), "run_name": run_dir.name,
         }
-        if values.get("num_segments") == 1:  # of each sequence: a pair's documents may be two
-            values["num_segments"] = load_config(self.task_file).num_sequences
         return [
             f"{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in values.items()
         ]
 
-    def command(self, machine: Mapping[str, str]) -> list[str]:
-        """Arguments for Python, with paths relative to the current folder."""
+    def command(self, machine: Sequence[str]) -> list[str]:
+        """Return arguments for Python, with paths relative to the current folder."""
         return [
             os.path.relpath(ROOT / "run_train.py"), "--config", os.path.relpath(self.task_file),
             *self.overrides(machine),
         ]
 
     def config(self) -> Config:
-        return load_config(self.task_file, self.overrides({}))
+        """Return the validated configuration."""
+        return load_config(self.task_file, self.overrides())
 
 
 def outcome_key(config: Config) -> str:
-    """What decides a run's outcome; equal for runs that are repetitions of each other."""
-    values = config.model_dump(include=set(Config.keys("outcome")))
+    """Return the values that decide a run's outcome; equal for repetitions of one run."""
+    keys = set(Config.keys("outcome"))
+    if config.attention_type != "astro":  # terms that other attention types do not read
+        keys -= {key for key in Attention.model_fields if not key.startswith(("nystrom", "num_"))}
+        keys |= {"attention_type"}
+    values = config.model_dump(include=keys)
     return json.dumps({**values, "last_step": config.last_step}, sort_keys=True)
 
 
 def finished_runs() -> dict[str, Path]:
-    """The folders of all finished runs below `results/`, by `outcome_key`."""
-    runs = {}
-    for summary in sorted(RESULTS.rglob("summary.json")):
+    """Return the folders of all finished runs below `results/`, by `outcome_key`."""
+    runs: dict[str, Path] = {}
+    # A cell that was trained again with --force comes before an equal run elsewhere.
+    found = RESULTS.rglob("summary.json")
+    for path in sorted(found, key=lambda path: ("reproduce" not in path.parts, path)):
         try:
-            config = load_config(summary.with_name("config.yaml"))
+            config = load_config(path.with_name("config.yaml"), quiet=True)
         except ConfigError:
-            continue  # of a version with other keys: it cannot be compared
-        runs.setdefault(outcome_key(config), summary.parent)
+            continue  # written by a version with other keys, so that it cannot be compared
+        runs.setdefault(outcome_key(config), path.parent)
     return runs
 
 
 def run_logged(arguments: Sequence[str], log: Path) -> str | None:
-    """Run Python with its output in `log`, handing signals on so that the child can save and end.
+    """Run Python with its output in `log`; forward signals, so that it can save and end.
 
     Returns:
         None, or in one line why it failed.
@@ -184,8 +207,8 @@ def run_logged(arguments: Sequence[str], log: Path) -> str | None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as handle:
-        # In a session of its own: a terminal's signal would reach it besides the one handed on, and
-        # a second one ends it without a checkpoint.
+        # In a session of its own: a terminal's signal would reach it in addition to the forwarded
+        # one, and a second one ends it without a checkpoint.
         child = subprocess.Popen(
             [sys.executable, *arguments], stdout=handle, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -204,222 +227,200 @@ def run_logged(arguments: Sequence[str], log: Path) -> str | None:
     return f"exit status {status}, {last} (log: {log})"
 
 
-def train_cell(cell: Cell, machine: Mapping[str, str]) -> str | None:
-    """Train a cell, going on from its checkpoint if it has one, and keep what it leaves.
-
-    Returns:
-        None, or in one line why it failed.
-    """
-    run_dir = RUNS / cell.place
-    command = cell.command(machine)
-    error = run_logged([*command, "--resume"], run_dir.with_suffix(".log"))
-    if error is None:
-        store(cell, run_dir, command)
-    return error
-
-
-def store(cell: Cell, run_dir: Path, command: Sequence[str]) -> None:
-    """Copy a finished run to the results; its summary comes last and says that it is whole."""
-    folder = RESULTS / cell.place
+def store(cell: Cell, machine: Sequence[str]) -> None:
+    """Copy a finished run to the results; its summary comes last and marks it as complete."""
+    run_dir, folder = RUNS / cell.folder, RESULTS / cell.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    for name in ("metrics.jsonl", "curves.png"):
-        shutil.copyfile(run_dir / name, folder / name)
-    # A resumed run keeps the file of its start, which may have meant to end earlier.
+    shutil.copyfile(run_dir / "metrics.jsonl", folder / "metrics.jsonl")
+    if (run_dir / "curves.png").exists():
+        shutil.copyfile(run_dir / "curves.png", folder / "curves.png")
+    # A resumed run keeps the file of its start, which may have ended earlier.
     with atomic_write(folder / "config.yaml", "w") as handle:
         handle.write(dump_config(load_config(run_dir / "config.yaml", ["stop_after_steps=null"])))
     summary = json.loads((run_dir / "summary.json").read_text())
     # As a user would type it: the run itself may have been resumed.
-    write_json(
-        folder / "summary.json", {**summary, "command": shlex.join(["python", *command])}
-    )
+    command = shlex.join(["python", *cell.command(machine)])
+    write_json(folder / "summary.json", {**summary, "command": command})
 
 
-def run_cells(cells: Iterable[Cell], machine: Mapping[str, str], *, dry_run: bool) -> int:
-    """Train the cells that are not in the results; return how many failed."""
-    done, failed = finished_runs(), 0
+def run_cells(
+    cells: Iterable[Cell], machine: Sequence[str], *, dry_run: bool = False, force: bool = False
+) -> int:
+    """Train the cells that are not in the results, or all with `force`; return how many failed."""
+    done, failed = {} if force else finished_runs(), 0
     for cell in cells:
         try:
-            key = outcome_key(cell.config())
+            key, command = outcome_key(cell.config()), cell.command(machine)
+            run_dir = RUNS / cell.folder
             if key in done:
                 continue
-            done[key] = RESULTS / cell.place  # tried once, whether or not it succeeds
+            done[key] = RESULTS / cell.folder  # tried once, whether or not it succeeds
             if dry_run:
-                print(shlex.join(["python", *cell.command(machine)]))
+                print_result(shlex.join(["python", *command]))
                 continue
-            print(f"training {cell.place}", flush=True)
-            error = train_cell(cell, machine)
+            if force and (run_dir / "summary.json").exists():
+                shutil.rmtree(run_dir)  # an unfinished run is continued
+            print_result(f"training {cell.folder}")
+            error = run_logged([*command, "--resume"], run_dir.with_suffix(".log"))
+            if error is None:
+                store(cell, machine)
         except (ConfigError, OSError) as mistake:
             error = str(mistake)
         if error is not None:
             failed += 1
-            print(f"failed {cell.place}: {error}", file=sys.stderr, flush=True)
+            print(f"failed {cell.folder}: {error}", file=sys.stderr, flush=True)
     return failed
 
 
-def benchmark_file(table: str, budget: str, device: str) -> Path:
-    folder = Path("benchmark") if budget == "full" else Path("reproduce", table, budget)
-    return RESULTS / folder / f"{table}_{device}.json"
+@functools.cache
+def code_mark(commit: str) -> str:
+    """Return how a result of `commit` is marked: "", " (other code)" or " (unknown code)".
 
-
-def run_benchmark(
-    table: str, budget: str, device: str, systems: Sequence[str], *, dry_run: bool
-) -> int:
-    """Measure a table that is not whole in the results; return 1 if that failed.
-
-    Raises:
-        ConfigError: systems are named, and the results hold a table already.
+    Other code means that a file of the model changed after that commit.
     """
-    path = benchmark_file(table, budget, device)
-    command = [
-        os.path.relpath(ROOT / "benchmark.py"), table, "--device", device, "--json", str(path),
-        "--repeats", str(REPEATS[budget]), *(["--systems", *systems] if systems else []),
-        *(["--seq_lens", "1024"] if budget == "smoke" else []),
-    ]
-    if path.exists():
-        if systems:
-            raise ConfigError(f"--systems {systems[0]}: {path} is there; remove it to measure anew")
-        if not any("error" in row for row in measured_rows(path)):
-            return 0
-    if dry_run:
-        print(shlex.join(["python", *command]))
-        return 0
-    print(f"measuring {path}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    error = run_logged(command, RUNS / path.relative_to(RESULTS).with_suffix(".log"))
-    if error is not None:
-        print(f"failed {path}: {error}", file=sys.stderr, flush=True)
-    return int(error is not None)
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    try:
+        last = git("log", "-1", "--format=%H", "--", *MODEL_FILES).stdout.strip()
+        status = git("merge-base", "--is-ancestor", last, commit).returncode if last else 128
+    except OSError:  # no git
+        status = 128
+    return {0: "", 1: " (other code)"}.get(status, " (unknown code)")
 
 
-def measured_rows(path: Path) -> list[dict[str, Any]]:
-    """What `benchmark.py` wrote; nothing where it did not."""
-    content = json.loads(path.read_text()) if path.exists() else []
-    return content["rows"] if isinstance(content, dict) else content
-
-
-def collect(cells: Iterable[Cell]) -> dict[tuple[str, str], Measured]:
-    """What the results hold of the cells, by (task, system)."""
+def collect(cells: Iterable[Cell]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the summaries of the results that belong to the cells, by (task, system)."""
     done = finished_runs()
-    found: dict[tuple[str, str], Measured] = {}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
-        measured = found.setdefault((cell.task, cell.system), Measured([]))
+        summaries = found.setdefault((cell.task, cell.system), [])
         try:
             folder = done.get(outcome_key(cell.config()))
         except ConfigError:
             continue  # reported when it was to be trained
         if folder is not None:
-            measured.summaries.append(json.loads((folder / "summary.json").read_text()))
+            summaries.append(json.loads((folder / "summary.json").read_text()))
     return found
 
 
-def measured_table(table: str, budget: str, device: str, tasks: Iterable[str]) -> str:
-    """The table of `memory` or `throughput` from what the results hold."""
-    rows = measured_rows(benchmark_file(table, budget, device))
-    lengths = {t: load_config(ROOT / "configs" / f"{t}.yaml").max_seq_len for t in tasks}
-    if table == "memory":
-        return ratio_table(
-            rows, lengths, value="peak_mib", unit="MiB", figures=published.PEAK_GB,
-            figures_unit="GB", reference=published.AMRB,
-        )
-    return ratio_table(
-        rows, lengths, value="tokens_per_second", unit="tokens/s", figures=published.THROUGHPUT,
-        figures_unit=None, reference=published.SYSTEMS["rmt"],
-    )
+def mean_accuracy(summaries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean test accuracy in %; None without runs."""
+    return 100 * statistics.mean(s["test_accuracy"] for s in summaries) if summaries else None
 
 
-CAPTIONS = {
-    "accuracy": "Test accuracy. The paper publishes neither model sizes nor numbers of steps.",
-    "ablations": "Test accuracy of RMAAT with one thing changed.",
-    "readouts": "Test accuracy of RMAAT by what the head reads.",
-    "memory": "Peak memory of a training step. Only ratios compare: the paper's model size, batch "
-              "and device are not ours.",
-    "throughput": "Training speed. Only ratios compare.",
-}
+def accuracy_text(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Return mean and standard deviation of the test accuracy in %, and the mark of other code."""
+    values = [100 * summary["test_accuracy"] for summary in summaries]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    marks = {code_mark(s.get("versions", {}).get("commit", "unknown")) for s in summaries}
+    return number(mean_accuracy(summaries)) + spread + max(marks, default="")
 
 
-def chosen(option: str, wanted: Sequence[str] | None, allowed: Iterable[str]) -> list[str]:
-    """The values of a list option, given apart or with commas; all of them if none is given.
+def table_of(
+    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    labels: Mapping[str, str], published: Mapping[str, Mapping[str, float | None]],
+) -> str:
+    """Return accuracy per task and row next to the paper's, with the change from RMAAT's row."""
+    rows = []
+    for (task, name), summaries in found.items():
+        ours, theirs = mean_accuracy(summaries), published.get(name, {}).get(task)
+        base = mean_accuracy(found.get((task, "rmaat"), ()))
 
-    Raises:
-        ConfigError: a value that is not allowed.
+        def change(reference: float | None, ours: float | None = ours) -> str:
+            return number(None if None in (ours, reference) else ours - reference, "+.1f")
+
+        steps = sorted({summary["steps"] for summary in summaries})
+        rows.append([
+            TASKS[task], labels[name], accuracy_text(summaries), number(theirs), change(theirs),
+            change(base), f"{len(summaries) or ''}", ", ".join(f"{n:,}" for n in steps),
+        ])
+    header = ["task", "system", "ours, %", "paper, %", "ours - paper", "ours - our RMAAT", "seeds",
+              "steps"]
+    return markdown(header, rows)
+
+
+def verify(overrides: Sequence[str]) -> int:
+    """Evaluate the weights below `results/` and compare with the summaries; return mismatches.
+
+    ListOps and Pathfinder are generated if `data_dir` lacks them. Other data sets that it lacks are
+    skipped, and named.
     """
-    allowed = list(allowed)
-    names = [name for item in wanted or allowed for name in item.split(",") if name]
-    if not names:
-        raise ConfigError(f"{option} names nothing: choose from {', '.join(allowed)}")
-    for name in names:
-        if name not in allowed:
-            raise ConfigError(f"{option} {name}: choose from {', '.join(allowed)}")
-    return names
+    from data.packing import DataError
+    from predict import evaluate_splits, load_trained
 
-
-def parse_seeds(text: str) -> list[int]:
-    if not all(part.isascii() and part.isdigit() for part in text.split(",")):
-        raise ConfigError(f"--seeds {text}: give numbers with commas between them, as in 0,1,2")
-    return [int(part) for part in text.split(",")]
+    rows, mismatches = [], 0
+    for path in sorted(RESULTS.rglob("model.safetensors")):
+        summary = json.loads(path.with_name("summary.json").read_text())
+        name = str(path.parent.relative_to(RESULTS))
+        reported, examples = 100 * summary["test_accuracy"], summary["examples"]["test"]
+        try:
+            model = load_trained(path, None, single_values(overrides))
+            result = evaluate_splits(model, ["test"])
+        except DataError as error:
+            rows.append([name, f"{reported:.2f}", "", f"skipped: {error}"])
+            continue
+        measured, count = 100 * result["test_accuracy"], result["test_examples"]
+        ok = abs(measured - reported) <= TOLERANCE and count == examples
+        mismatches += not ok
+        counts = "" if count == examples else f", {count:,} examples instead of {examples:,}"
+        rows.append([name, f"{reported:.2f}", f"{measured:.2f}", ("yes" if ok else "NO") + counts])
+    print_result(markdown(["weights", "reported, %", "measured, %", "ok"], rows))
+    return mismatches
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = Parser(
         prog="reproduce.py", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", choices=[*TRAINED, *MEASURED])
-    parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(published.TASKS)}")
-    parser.add_argument(
-        "--systems", nargs="+", help="files of configs/tables/; of ablations and readouts the "
-        "variants; of memory and throughput the systems of benchmark.py; default: all",
-    )
-    parser.add_argument("--budget", choices=list(BUDGETS), default="full")
-    parser.add_argument("--seeds", default="0", help="as in 0,1,2; default: 0")
-    parser.add_argument("--device", choices=["cpu", "cuda"],
-                        help="default: what is there for training, cpu for measuring")
-    parser.add_argument("--data_dir", help="default: that of the configurations")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("--tables_only", action="store_true", help="print what is there")
+    commands = parser.add_subparsers(dest="table", required=True)
+    for table in ("accuracy", *VARIANTS):
+        names = list(VARIANTS[table]("listops") if table in VARIANTS else SYSTEMS)
+        command = commands.add_parser(table)
+        command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+        command.add_argument("--systems", nargs="+", choices=names, default=names)
+        command.add_argument("--budget", choices=BUDGETS, default="full")
+        command.add_argument("--seeds", nargs="+", type=int, default=[0])
+        command.add_argument("--dry_run", action="store_true", help="print the commands only")
+        command.add_argument("--tables_only", action="store_true", help="train nothing")
+        command.add_argument("--force", action="store_true", help="train finished cells again")
+    commands.add_parser("verify")
+    for command in commands.choices.values():
+        command.add_argument(
+            "--set", nargs="+", default=[], dest="machine", metavar="KEY=VALUE",
+            help="over every configuration, as in data_dir=DIR device=cpu",
+        )
     return parser.parse_args()
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    """Fill the cells and print the table; return how many failed."""
-    table, budget = arguments.table, arguments.budget
-    tasks = chosen("--tasks", arguments.tasks, published.TASKS)
+    """Train the missing cells and print the table, or verify; return how many failed."""
+    if arguments.table == "verify":
+        return verify(arguments.machine)
+    cells = [
+        Cell(arguments.table, arguments.budget, task, system, seed)
+        for task in arguments.tasks for system in arguments.systems for seed in arguments.seeds
+    ]
     failed = 0
-    if table in MEASURED:
-        device = arguments.device or "cpu"
-        systems = arguments.systems or []
-        if not arguments.tables_only:
-            failed = run_benchmark(table, budget, device, systems, dry_run=arguments.dry_run)
-        text = measured_table(table, budget, device, tasks)
-    else:
-        names = VARIANTS[table](tasks[0]) if table in VARIANTS else published.SYSTEMS
-        systems = chosen("--systems", arguments.systems, names)
-        seeds = parse_seeds(arguments.seeds)
-        cells = [
-            Cell(table, budget, task, system, seed)
-            for task in tasks for system in systems for seed in seeds
-        ]
-        machine = {key: value for key in ("data_dir", "device")
-                   if (value := getattr(arguments, key)) is not None}
-        if not arguments.tables_only:
-            failed = run_cells(cells, machine, dry_run=arguments.dry_run)
-        found = collect(cells)
-        if table in VARIANTS:
-            labels = {
-                (t, name): label for t in tasks for name, (label, _) in VARIANTS[table](t).items()
-            }
-            text = ablation_table(found, labels)
-        else:
-            text = accuracy_table(found)
+    if not arguments.tables_only:
+        failed = run_cells(
+            cells, arguments.machine, dry_run=arguments.dry_run, force=arguments.force
+        )
     if not arguments.dry_run:
-        options = [word for word in sys.argv[1:] if word != "--tables_only"]
-        command = shlex.join(["python", "reproduce.py", *options])
-        print(f"\n{CAPTIONS[table]}\n\n{text}\n\n{command}")
+        labels, published = SYSTEMS, ACCURACY
+        if arguments.table in VARIANTS:
+            variants = VARIANTS[arguments.table](arguments.tasks[0])
+            labels, published = {name: label for name, (label, _) in variants.items()}, ABLATIONS
+        command = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
+        print_result(f"\n{table_of(collect(cells), labels, published)}\n\n{command}")
     return failed
 
 
 def main() -> int:
+    """Run the command line; return its exit status."""
     return run_program("reproduce.py", lambda: int(reproduce(parse_arguments()) > 0))
 
 

@@ -1,15 +1,16 @@
-"""What the two markers of a Pathfinder image tell, and how far it can be read off the pixels.
+"""How well the two markers of a Pathfinder image alone classify it.
 
     python -m experiments.markers
 
-For contours of 6, 9 and 14 paddles, a network that is given both markers: exactly as the generator
-drew them, or as the pixels around their known places; there also one network that learns from all
-three, the shorter contours first. A model that has to find the markers itself faces a harder task.
+For contours of 6, 9 and 14 paddles, a network reads both markers: exactly as the generator drew
+them, or as the pixels around their known positions. There also one network that learns from all
+three, the shorter contours first. A model that has to find the markers itself has a harder task.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +21,13 @@ from torch import Tensor, nn
 from data.packing import SPLITS
 from data.pathfinder_scenes import (
     DIFFICULTIES,
-    SIZE,
     Difficulty,
     draw_scenes,
     place_markers,
     rasterize,
 )
-from experiments.shallow import Arrays, Score, accuracy, logistic_regression
-from experiments.tables import markdown
 from run.program import Parser, print_result, run_program
+from tables import markdown
 
 PROGRAM = "experiments.markers"
 SCENES = {"train": 28_000, "val": 2_000, "test": 4_000}
@@ -37,26 +36,29 @@ CHUNK = 1_000  # scenes drawn at a time
 REACH = 4  # pixels that a window extends from the marker's own
 WINDOW = 2 * REACH + 1
 
+Arrays = Mapping[str, np.ndarray]  # by split
+Score = tuple[str, float, float]  # name, validation and test accuracy in %
+
 
 class Markers(NamedTuple):
-    """The two markers of n scenes; places and headings are (x, y) in pixels."""
+    """The two markers of n scenes; positions and headings are (x, y) in pixels."""
 
-    places: np.ndarray  # (n, 2, 2)
+    positions: np.ndarray  # (n, 2, 2)
     headings: np.ndarray  # (n, 2, 2), along the paddle that a marker ends
-    windows: np.ndarray  # (n, 2, WINDOW^2) grey levels around a marker
+    windows: np.ndarray  # (n, 2, WINDOW^2) gray levels around a marker
     labels: np.ndarray  # (n,)
 
 
 def draw_markers(rng: np.random.Generator, n: int, difficulty: Difficulty) -> Markers:
-    """Draw n whole scenes and look at their markers."""
+    """Draw n complete scenes and return their markers."""
     chunks = []
     for start in range(0, n, CHUNK):
         scenes = draw_scenes(rng, min(CHUNK, n - start), difficulty)
         labels = rng.integers(2, size=len(scenes.targets))
-        places = place_markers(rng, scenes.targets, labels)
-        windows = cut_windows(rasterize(scenes.paddles(), places), places)
-        headings = find_headings(scenes.targets, places)
-        chunks.append(Markers(_xy(places), _xy(headings), windows, labels))
+        tips = place_markers(rng, scenes.targets, labels)
+        windows = cut_windows(rasterize(scenes.paddles(), tips), tips)
+        headings = find_headings(scenes.targets, tips)
+        chunks.append(Markers(_xy(tips), _xy(headings), windows, labels))
     return Markers(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
 
 
@@ -64,23 +66,23 @@ def _xy(points: np.ndarray) -> np.ndarray:
     return np.stack([points.real, points.imag], axis=-1)
 
 
-def find_headings(targets: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The paddles (n, 2) that lead away from the markers at `places` (n, 2), one at either end."""
+def find_headings(targets: np.ndarray, tips: np.ndarray) -> np.ndarray:
+    """Return the paddles (n, 2) that lead away from the markers at `tips` (n, 2)."""
     scene = np.arange(len(targets))
-    first = (targets[:, 0, 0, 0] != places[:, 0]).astype(int)
-    last = (targets[:, 0, -1, 1] != places[:, 1]).astype(int)
+    first = (targets[:, 0, 0, 0] != tips[:, 0]).astype(int)
+    last = (targets[:, 0, -1, 1] != tips[:, 1]).astype(int)
     inner = np.stack([targets[scene, first, 0, 1], targets[scene, last, -1, 0]], axis=1)
-    return inner - places
+    return inner - tips
 
 
-def cut_windows(images: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The pixels of images (n, SIZE, SIZE) around places (n, 2), black beyond the edge."""
+def cut_windows(images: np.ndarray, tips: np.ndarray) -> np.ndarray:
+    """Return the pixels of images (n, SIZE, SIZE) around tips (n, 2), black beyond the edge."""
     padded = np.pad(images, ((0, 0), (REACH, REACH), (REACH, REACH)))
     offset = np.arange(WINDOW)
-    rows = places.imag.astype(int)[:, :, None, None] + offset[:, None]
-    columns = places.real.astype(int)[:, :, None, None] + offset
+    rows = tips.imag.astype(int)[:, :, None, None] + offset[:, None]
+    columns = tips.real.astype(int)[:, :, None, None] + offset
     windows = padded[np.arange(len(images))[:, None, None, None], rows, columns]
-    return windows.reshape(*places.shape, -1)
+    return windows.reshape(*tips.shape, -1)
 
 
 class MarkerNetwork(nn.Module):
@@ -119,36 +121,41 @@ def fit(
             optimizer.step()
     network.eval()
     with torch.no_grad():
-        val, test = (accuracy(network(x[k]), y[k]) for k in ("val", "test"))
-    return Score(name, val, test)
+        val, test = (
+            100 * (network(x[k]).argmax(dim=1) == y[k]).double().mean().item()
+            for k in ("val", "test")
+        )
+    return name, val, test
+
+
+def score_distance(positions: Arrays, labels: Arrays) -> Score:
+    """Score the most frequent training label at each distance of the markers, in full pixels."""
+    apart = {k: np.hypot(*np.diff(x, axis=1)[:, 0].T).astype(int) for k, x in positions.items()}
+    votes = np.bincount(apart["train"], 2 * labels["train"] - 1, minlength=64)
+    val, test = (100 * ((votes[apart[k]] > 0) == labels[k]).mean() for k in ("val", "test"))
+    return "the distance of the markers, in full pixels", val, test
 
 
 def measure(
     difficulty: Difficulty, epochs: int = EPOCHS, network: MarkerNetwork | None = None
 ) -> tuple[list[Score], MarkerNetwork]:
-    """The scores of one of LRA's three splits.
+    """Return the scores of one of LRA's three splits, and the network of the last of them.
 
     Args:
-        network: what the call for shorter contours returned, to go on learning here.
-    Returns:
-        The scores, and the network of the last of them.
+        network: the one returned for shorter contours, which continues to learn here.
     """
     rng = np.random.default_rng(0)
-    drawn = {k: draw_markers(rng, n, difficulty) for k, n in SCENES.items()}
+    drawn = {k: draw_markers(rng, SCENES[k], difficulty) for k in SPLITS}
     labels = {k: x.labels for k, x in drawn.items()}
     torch.manual_seed(0)
-
-    pixels = np.arange(2 * SIZE)
-    apart = {k: np.hypot(*np.diff(x.places, axis=1)[:, 0].T).astype(int) for k, x in drawn.items()}
-    distance = {k: 1.0 * (apart[k][:, None] == pixels) for k in SPLITS}
-    exact = {k: np.concatenate([x.places, x.headings], axis=2) for k, x in drawn.items()}
-    seen = {k: np.concatenate([x.places, x.windows], axis=2) for k, x in drawn.items()}
-    around = f"places and the {WINDOW} x {WINDOW} pixels around"
+    exact = {k: np.concatenate([x.positions, x.headings], axis=2) for k, x in drawn.items()}
+    seen = {k: np.concatenate([x.positions, x.windows], axis=2) for k, x in drawn.items()}
+    around = f"positions and the {WINDOW} x {WINDOW} pixels around"
     fresh = MarkerNetwork(2 + WINDOW**2, 128)
     scores = [
-        logistic_regression("the distance of the markers, in whole pixels", distance, labels),
-        fit(MarkerNetwork(4, 0), "places and headings, added up", exact, labels, epochs),
-        fit(MarkerNetwork(4, 128), "places and headings, related", exact, labels, epochs),
+        score_distance({k: x.positions for k, x in drawn.items()}, labels),
+        fit(MarkerNetwork(4, 0), "positions and headings, added up", exact, labels, epochs),
+        fit(MarkerNetwork(4, 128), "positions and headings, related", exact, labels, epochs),
         fit(fresh, f"{around}, related", seen, labels, epochs),
     ]
     if network is None:
@@ -157,25 +164,24 @@ def measure(
     return scores, network
 
 
-def print_scores() -> None:
+def command() -> None:
+    """Print the table of the three splits."""
     parser = Parser(prog=PROGRAM, description=__doc__.split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
-    arguments = parser.parse_args()
-    if arguments.epochs < 1:
-        parser.error(f"--epochs {arguments.epochs} trains nothing; give 1 or more")
+    epochs = parser.parse_args().epochs
     rows: list[list[str]] = []
     network = None
     for difficulty in DIFFICULTIES.values():
-        scores, network = measure(difficulty, arguments.epochs, network)
-        for name, *accuracies in scores:
-            paddles = str(difficulty.contour_length)
-            rows.append([paddles, name, *(f"{value:.1f}" for value in accuracies)])
+        scores, network = measure(difficulty, epochs, network)
+        for name, *values in scores:
+            rows.append([str(difficulty.contour_length), name, *(f"{v:.1f}" for v in values)])
     header = ["paddles", "read of both markers", "validation, %", "test, %"]
     print_result(markdown(header, rows, numbers=2))
 
 
 def main() -> int:
-    return run_program(PROGRAM, print_scores)
+    """Run the command line; return its exit status."""
+    return run_program(PROGRAM, command)
 
 
 if __name__ == "__main__":
