@@ -370,6 +370,11 @@ def verify(overrides: Sequence[str]) -> int:
     return mismatches
 
 
+def seeds(text: str) -> list[int]:
+    """Read numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(
@@ -383,7 +388,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
         command.add_argument("--systems", nargs="+", choices=names, default=names)
         command.add_argument("--budget", choices=BUDGETS, default="full")
-        command.add_argument("--seeds", nargs="+", type=int, default=[0])
+        command.add_argument("--seeds", type=seeds, default=[0], help="as in 0,1,2; default: 0")
         command.add_argument("--dry_run", action="store_true", help="print the commands only")
         command.add_argument("--tables_only", action="store_true", help="train nothing")
         command.add_argument("--force", action="store_true", help="train finished cells again")
