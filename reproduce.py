@@ -344,10 +344,9 @@ def table_of(
 def verify(overrides: Sequence[str]) -> int:
     """Evaluate the weights below `results/` and compare with the summaries; return mismatches.
 
-    ListOps and Pathfinder are generated if `data_dir` lacks them. Other data sets that it lacks are
-    skipped, and named.
+    Weights whose data `data_dir` lacks are skipped, and say so; nothing is generated.
     """
-    from data.packing import DataError
+    from data.reader import DataError
     from predict import evaluate_splits, load_trained
 
     rows, mismatches = [], 0
@@ -357,6 +356,9 @@ def verify(overrides: Sequence[str]) -> int:
         reported, examples = 100 * summary["test_accuracy"], summary["examples"]["test"]
         try:
             model = load_trained(path, None, single_values(overrides))
+            layout, root = model.config.task.layout, model.config.data_dir
+            if layout is not None and not layout.is_present(layout.find(root)):
+                raise DataError(f"no {model.config.dataset} in {root}")
             result = evaluate_splits(model, ["test"])
         except DataError as error:
             rows.append([name, f"{reported:.2f}", "", f"skipped: {error}"])

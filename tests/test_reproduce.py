@@ -21,9 +21,7 @@ from conftest import (
     write_config,
 )
 
-import predict
 import reproduce
-from data.packing import DataError
 from lra_config import Config, load_config, read_mapping
 from model import build_model
 from tables import SYSTEMS, TASKS, markdown
@@ -276,9 +274,6 @@ def test_verify_compares_committed_weights_with_their_summaries(
     assert call(monkeypatch, *overrides) == 1
     assert "| NO |" in capsys.readouterr().out
 
-    def missing(*arguments):
-        raise DataError("datasets/aclImdb: missing")
-
-    monkeypatch.setattr(predict, "evaluate_splits", missing)
-    assert call(monkeypatch, "verify") == 0
-    assert "skipped: datasets/aclImdb: missing" in capsys.readouterr().out
+    assert call(monkeypatch, "verify", "--set", "data_dir=absent") == 0
+    assert "skipped: no listops in absent" in capsys.readouterr().out
+    assert not (tmp_path / "absent").exists()
