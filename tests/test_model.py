@@ -6,58 +6,33 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import tiny_batch, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import ATTENTION
-from attention.astromorphic import landmark_basis
 from attention.baselines import landmark_runs, pseudo_inverse
-from attention.equations import (
-    Terms,
-    astromorphic_response,
-    feature_map,
-    inverse_calcium,
-)
-from attention.fused import FusedResponse
-from attention.heads import join_heads, split_heads
+from attention.equations import Terms, feature_map, inverse_calcium
+from attention.fused import FusedResponse, reference_response
 from lra_config import Config
 from model import build_model
-from readout import intensity
-from training.diagnostics import inspect_model
 from utils import grid_positions, sinusoidal_positions
 
 FLOAT64_TOLERANCE = 1e-10
 ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
-POOLINGS = ["mean", "last", "memory"]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = FLOAT64_TOLERANCE):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def double_model(config: Config, seed: int = 0):
-    torch.manual_seed(seed)
-    return build_model(config).double()
-
-
-def test_the_feature_map_is_elu_plus_one_and_never_zero():
-    x = torch.linspace(-30, 30, 121, dtype=torch.float64, requires_grad=True)
-    expected = F.elu(x) + 1
-    close(feature_map(x), expected)
-    (gradient,) = torch.autograd.grad(feature_map(x).square().sum(), x)
-    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
-    close(gradient, expected_gradient)
-    assert (feature_map(torch.tensor([-80.0, -30.0])) > 0).all()
-
-
-def plain(qkv, num_heads, num_hidden, *rest):
-    return join_heads(astromorphic_response(*split_heads(qkv, num_heads, num_hidden), *rest))
+BACKENDS = pytest.mark.parametrize(
+    "form", [FusedResponse.apply, reference_response], ids=["fused", "reference"]
+)
 
 
 @pytest.mark.parametrize("m", [4, 7], ids="m={}".format)
 @pytest.mark.parametrize("with_positions", [False, True], ids=["neuron", "neuron and astro"])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("terms", [
     Terms(),
     Terms(alpha=0.25, divisor=4.0),
@@ -65,7 +40,7 @@ def plain(qkv, num_heads, num_hidden, *rest):
     Terms(divisor=4.0, normalize=False),
     Terms(sigmoid=True, normalize=False),
 ], ids=str)
-def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
+def test_the_fused_response_equals_the_reference_in_outputs_and_gradients(
     terms, padded, with_positions, m
 ):
     B, H, N, d = 3, 2, 9, 4
@@ -76,7 +51,7 @@ def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
     weights = torch.randn(B, N, H * d, dtype=torch.float64)
 
     results = []
-    for form in (FusedResponse.apply, plain):
+    for form in (FusedResponse.apply, reference_response):
         output = form(
             qkv, H, m, mask if padded else None, positions if with_positions else None, terms
         )
@@ -86,8 +61,8 @@ def test_the_fused_response_equals_the_plain_one_in_outputs_and_gradients(
         close(actual, expected)
 
 
-@pytest.mark.parametrize("form", [FusedResponse.apply, plain], ids=["fused", "plain"])
-def test_a_row_that_hardly_any_neuron_hears_has_the_gradient_of_double_precision(form):
+@BACKENDS
+def test_very_negative_queries_have_the_gradient_of_double_precision(form):
     B, H, N, m, d = 1, 1, 5, 4, 4
     torch.manual_seed(0)
     qkv = torch.randn(B, N, H * (2 * m + d))
@@ -102,6 +77,52 @@ def test_a_row_that_hardly_any_neuron_hears_has_the_gradient_of_double_precision
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+def test_the_slope_of_the_feature_map_at_zero_is_one_on_either_branch():
+    x = torch.zeros(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(feature_map(x).sum(), x)
+    assert gradient.tolist() == [1.0, 1.0, 1.0]
+
+
+@BACKENDS
+@pytest.mark.parametrize("terms", [Terms(), Terms(alpha=0.25, divisor=32.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_holds_at_every_shipped_length(form, terms, dtype):
+    N, H, m = 8_192, 1, 32
+    torch.manual_seed(0)
+    qkv = torch.randn(1, N, 3 * m)
+    qkv[..., 2 * m :] = 0.5
+    low, exact = (qkv.to(t).requires_grad_() for t in (dtype, torch.float64))
+    results = []
+    for x in (low, exact):
+        y = form(x, H, m, None, None, terms)
+        (1_000 * y[:, :, 0]).mean().backward()
+        results.append([y.detach().double(), x.grad.double()])
+        assert y.dtype == x.dtype
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+@BACKENDS
+@pytest.mark.parametrize("with_positions", [False, True])
+@pytest.mark.parametrize(("dtype", "key"), [
+    (torch.float16, -14.5), (torch.float16, -16.5), (torch.float16, -40.0),
+    (torch.float32, -40.0), (torch.float32, -86.5), (torch.float32, -95.0),
+    (torch.float32, -200.0),
+], ids=str)
+def test_very_negative_keys_leave_values_and_gradients_finite(form, dtype, key, with_positions):
+    B, H, N, m = 2, 2, 16, 4
+    torch.manual_seed(0)
+    qkv = torch.randn(B, N, 3 * H * m)
+    qkv[..., H * m : 2 * H * m] = key - torch.rand(B, N, H * m)
+    qkv = qkv.to(dtype).requires_grad_()
+    positions = torch.rand(H, N, m).requires_grad_() if with_positions else None
+    for terms in (Terms(alpha=0.25, divisor=4.0), *([] if with_positions else [Terms()])):
+        y = form(qkv, H, m, None, positions, terms)
+        y.float().mean().backward()
+        assert y.isfinite().all() and qkv.grad.isfinite().all()
+        assert positions is None or positions.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 12), (2, 5, 12)])
 def test_the_fused_response_leaves_its_input_as_it_is(shape):
     qkv = torch.randn(shape)
@@ -110,11 +131,11 @@ def test_the_fused_response_leaves_its_input_as_it_is(shape):
     assert torch.equal(qkv, before)
 
 
-def test_the_fused_response_keeps_half_of_what_autograd_keeps():
+def test_the_fused_response_saves_half_of_what_autograd_saves():
     qkv = torch.randn(2, 64, 3 * 32, requires_grad=True)
     positions = torch.rand(4, 64, 8, requires_grad=True)
     kept = []
-    for form in (FusedResponse.apply, plain):
+    for form in (FusedResponse.apply, reference_response):
         storages = {}
 
         def pack(tensor, storages=storages):
@@ -151,27 +172,6 @@ def test_the_pseudo_inverse_is_that_of_moore_and_penrose():
     assert pseudo_inverse(matrix.bfloat16(), 6).dtype == torch.float32
 
 
-def test_luna_spares_its_packed_rows_the_feed_forward_block():
-    config = tiny_config(attention_type="luna", num_memory_tokens=3)
-    layer = double_model(config).layers[0]
-    seen = []
-    layer.feed_forward_norm.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0]))
-    x = torch.randn(2, 13, config.dim, dtype=torch.float64)
-    y = layer(x, None, None, [None] * layer.NUM_KEYS)
-    assert seen[0].shape == (2, 10, config.dim)
-    close(y[:, :3], layer.attention_norm(x + layer.attention(x, None))[:, :3])
-
-
-def test_localised_neurons_peak_at_their_own_places():
-    torch.manual_seed(0)
-    geometric, stepwise = landmark_basis(2, 32, num_memory_tokens=3, segment_len=64).argmax(dim=2)
-    for peaks in (geometric, stepwise):
-        assert peaks[0] == 3 and peaks[-1] > 60  # the last bump is wide, its top flat
-        assert len(peaks.unique()) > 16
-    assert stepwise[:12].tolist() == list(range(3, 15))
-    assert landmark_basis(1, 1, 0, 1).shape == (1, 1, 1)
-
-
 @pytest.mark.parametrize("attention_type", ["astro", "linear", "nystrom", "luna"])
 def test_cost_is_linear_in_the_segment_length(attention_type):
     def flops(segment_len: int) -> int:
@@ -189,36 +189,6 @@ def test_cost_is_linear_in_the_segment_length(attention_type):
         assert 1.95 < whole / half < 2.01
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_trailing_padding_may_be_trimmed(attention_type, pooling):
-    config = tiny_config(attention_type=attention_type, pooling=pooling)
-    model = double_model(config)
-    batch = tiny_batch(config, lengths=[15, 3, 0])
-    expected = model(batch.tokens, batch.mask)
-    for length in (15, 20, 30):  # inside a segment, at its end, a whole segment of padding more
-        close(model(batch.tokens[:, :length], batch.mask[:, :length]), expected)
-
-
-def test_a_length_that_fills_no_whole_segment_needs_no_mask():
-    config = tiny_config()
-    model = double_model(config)
-    batch = tiny_batch(config, lengths=[13, 13])
-    close(model(batch.tokens[:, :13]), model(batch.tokens, batch.mask))
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_a_sequence_without_a_real_token_pools_to_zero(attention_type, pooling):
-    config = tiny_config(attention_type=attention_type, pooling=pooling)
-    model = double_model(config)
-    batch = tiny_batch(config, lengths=[0, 40])
-    logits = model(batch.tokens, batch.mask)
-    close(logits[0], model.head.bias)
-    logits.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
 def test_rows_of_padding_alone_leave_everything_finite(attention_type):
     memory_tokens = int(attention_type == "luna")
@@ -231,30 +201,6 @@ def test_rows_of_padding_alone_leave_everything_finite(attention_type):
     y.sum().backward()
     assert y.isfinite().all()
     assert all(t.grad.isfinite().all() for t in (x, *attention.parameters()))
-
-
-@pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_samples_do_not_see_each_other(attention_type):
-    config = tiny_config(attention_type=attention_type)
-    model = double_model(config)
-    batch = tiny_batch(config, lengths=[40, 3, 17])
-    order = torch.tensor([2, 0, 1])
-    close(model(batch.tokens[order], batch.mask[order]), model(batch.tokens, batch.mask)[order])
-
-
-@pytest.mark.parametrize(("attention_type", "memory_tokens"), [
-    pair for pair in itertools.product(ATTENTIONS, [0, 1, 4]) if pair != ("luna", 0)
-])
-def test_only_the_memory_joins_segments(attention_type, memory_tokens):
-    config = tiny_config(
-        attention_type=attention_type, num_memory_tokens=memory_tokens, pooling="last"
-    )
-    model = double_model(config)
-    tokens = tiny_batch(config).tokens
-    changed = tokens.clone()
-    changed[:, :10] = 16 - tokens[:, :10]  # the first of four segments
-    same = torch.equal(model(tokens), model(changed))
-    assert same == (memory_tokens == 0)
 
 
 def test_calcium_is_float32_under_autocast():
@@ -272,16 +218,18 @@ def test_calcium_is_float32_under_autocast():
     assert not model(tokens).equal(exact(tokens))
 
 
-GREY = {"dataset": "cifar10", "max_seq_len": 16, "num_segments": 2}
-STARTS = {"token_embedding": "ordinal", "position_init": "sinusoidal", "readout_norm": "batch"}
+IMAGE = {"dataset": "cifar10", "max_seq_len": 16, "num_segments": 2}
+INITIALIZATIONS = {
+    "token_embedding": "ordinal", "position_init": "sinusoidal", "readout_norm": "batch",
+}
 
 
-@pytest.mark.parametrize("changed", STARTS)
-def test_each_start_changes_its_own_weights_alone(changed):
+@pytest.mark.parametrize("changed", INITIALIZATIONS)
+def test_each_initialization_changes_its_own_weights_only(changed):
     models = {}
-    for name, changes in {"off": {}, "on": {changed: STARTS[changed]}}.items():
+    for name, changes in {"off": {}, "on": {changed: INITIALIZATIONS[changed]}}.items():
         torch.manual_seed(0)
-        models[name] = build_model(tiny_config(**GREY, **changes))
+        models[name] = build_model(tiny_config(**IMAGE, **changes))
     own = {"token_embedding": "token_embedding.weight", "position_init": "position_table"}
     off, on = (dict(models[name].named_parameters()) for name in ("off", "on"))
     for name, parameter in off.items():
@@ -290,62 +238,8 @@ def test_each_start_changes_its_own_weights_alone(changed):
         assert same == (name != own.get(changed)), name
 
 
-LOCAL = {"basis_init": "neighbors", "position_embedding": "none", "decay_scale": 4.0}
-
-
-@pytest.mark.parametrize(("S", "digits"), [(16, 2), (12, 2), (27, 3), (20, 3)])
-@pytest.mark.parametrize("lag", [-4, -1, 1, 3])
-def test_a_row_of_the_local_start_reads_its_neighbour_of_the_lag(lag, S, digits):
-    M = 2
-    config = tiny_config(
-        **LOCAL, dim=64, num_heads=1, num_hidden=S, max_seq_len=2 * S, num_segments=2,
-        num_memory_tokens=M, num_layers=1, neighbor_offsets=[lag], neighbor_code_digits=digits,
-    )
-    model = build_model(config)
-    attention = model.layers[0].attention
-    rows = model.embedding_norm(model.position_code)[None]  # (1, S, D), of no token
-    q, _, _ = attention.project(torch.cat([model.memory[None], rows], dim=1))
-    weights = feature_map(q[0, 0]) @ attention.positions()[0].T  # (M + S, M + S), row by key
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    expected = torch.zeros(M + S, M + S)
-    for i in range(S):
-        expected[M + i, M + (i + lag) % S] = 1
-    expected[:M] = expected[-1]  # the memory reads as the last row does
-    assert (weights - expected).abs().sum(dim=1).max() < 0.5  # of 2: what they do not share
-
-
-@pytest.mark.parametrize("positions", ["none", "learned"])
-def test_the_code_of_places_counts_inside_the_segment_in_features_of_its_own(positions):
-    config = tiny_config(**LOCAL | {"position_embedding": positions}, num_hidden=10)
-    model = build_model(config)
-    used = model.position_code.any(dim=0)
-    first, second = (model._position_embedding(t, 5) for t in (0, 1))
-    assert first[:, used].equal(second[:, used]) and len(first[:, used].unique(dim=0)) == 5
-    assert first[:, ~used].equal(second[:, ~used]) == (positions == "none")
-    assert not model.token_embedding.weight[:, used].any()
-    assert model.token_embedding.weight[1:, ~used].all()
-    for layer in model.layers:  # behind each, the code is what came in, scaled by the norms
-        x = torch.randn(2, 11, 16)
-        x[..., used] = 1 + torch.randn(1).square()
-        y = layer(x, None, None, [None] * 3)[..., used]
-        assert torch.allclose(y, y[..., :1].expand_as(y), atol=1e-5)
-
-
-def test_rows_of_the_local_start_differ_where_those_of_places_hardly_do():
-    spread = {}
-    for name, changes in {"places": {}, "local": LOCAL}.items():
-        torch.manual_seed(0)
-        config = tiny_config(
-            **changes, dim=64, num_hidden=32, hebbian_divisor=8.0, max_seq_len=64, num_segments=2,
-            num_layers=1,
-        )
-        found = inspect_model(build_model(config), tiny_batch(config))
-        spread[name] = found["attention_spread/1"]
-    assert 0 < spread["places"] < spread["local"] / 3 < 1 / 3
-
-
-def test_an_ordinal_start_gives_like_grey_levels_like_vectors():
-    weight = build_model(tiny_config(**GREY, token_embedding="ordinal")).token_embedding.weight
+def test_an_ordinal_embedding_gives_similar_gray_levels_similar_vectors():
+    weight = build_model(tiny_config(**IMAGE, token_embedding="ordinal")).token_embedding.weight
     assert not weight[0].any()  # padding
     levels = weight.detach()[1:]
     near, far = ((levels[d:] - levels[:-d]).norm(dim=1).mean() for d in (1, 128))
@@ -353,14 +247,14 @@ def test_an_ordinal_start_gives_like_grey_levels_like_vectors():
     assert float(levels.square().mean()) == pytest.approx(1, abs=0.2)
 
 
-def test_position_scale_starts_the_learned_positions_at_multiples_of_the_sinusoids():
-    config = tiny_config(position_init="sinusoidal", position_init_scale=2.0)
-    one, two = (build_model(tiny_config(position_init="sinusoidal", position_init_scale=s)).position_table for s in (1.0, 2.0))
-    torch.testing.assert_close(two, 2 * one)
-    torch.testing.assert_close(one, sinusoidal_positions(torch.arange(40), config.dim, one.dtype))
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_learned_positions_are_initialized_to_multiples_of_the_sinusoids(scale):
+    config = tiny_config(position_init="sinusoidal", position_init_scale=scale)
+    table = build_model(config).position_table.detach()
+    close(table, scale * sinusoidal_positions(torch.arange(40), config.dim, table.dtype), 1e-6)
 
 
-def test_a_grid_tells_how_far_two_pixels_lie_apart_along_either_axis():
+def test_a_grid_encodes_the_distance_of_two_pixels_along_either_axis():
     side, dim = 8, 16
     grid = grid_positions(torch.arange(side**2), side, dim + 3)
     assert not grid[:, dim:].any()  # no whole quarter
@@ -374,32 +268,21 @@ def test_a_grid_tells_how_far_two_pixels_lie_apart_along_either_axis():
     assert likeness[0].argmax() == 0 and (likeness[0, :3].diff() < 0).all()
 
 
-@pytest.mark.parametrize("local", [{}, {"basis_init": "neighbors", "num_hidden": 8}], ids=str)
-def test_position_grid_starts_the_learned_positions_beside_the_code_of_places(local):
-    model = build_model(tiny_config(**GREY, **local, position_init="sinusoidal_2d", position_init_scale=2.0))
+@pytest.mark.parametrize("basis", [{}, {"basis_init": "neighbors", "num_hidden": 8}], ids=str)
+def test_a_grid_initializes_learned_positions_next_to_the_position_code(basis):
+    model = build_model(tiny_config(
+        **IMAGE, **basis, position_init="sinusoidal_2d", position_init_scale=2.0
+    ))
     free = model.config.dim - model.config.position_code_width
     table = model.position_table.detach()
     close(table[:, -free:], 2 * grid_positions(torch.arange(16), 32, free), 1e-6)
     assert not table[:, :-free].any()
 
 
-def test_a_bright_read_out_adds_up_rows_by_the_eighth_power_of_their_grey_level():
-    models = {}
-    for pooling in ("mean", "intensity"):
-        config = tiny_config(**GREY, pooling=pooling, num_memory_tokens=0)
-        models[pooling] = double_model(config)
-        models[pooling].head = torch.nn.Identity()
-    level = torch.tensor([255, 204, 51, 0])
-    grey = 1 + level[:, None].expand(4, 16)  # images of one grey
-    weights = (level.double() / 255) ** 8
-    close(models["intensity"](grey), 16 * weights[:, None] * models["mean"](grey), 1e-6)
-    assert not intensity(torch.tensor([[0, 1]])).any()  # padding, black
-
-
 @pytest.mark.parametrize("changes", [
     {}, {"dataset": "aan", "document_pair": "separate", "max_seq_len": 40, "num_segments": 4},
 ], ids=["single", "pairs"])  # of a pair each document, before the match
-def test_a_batch_normed_readout_hands_the_head_standardised_features(changes):
+def test_a_batch_normed_read_out_gives_the_head_standardized_features(changes):
     model = build_model(tiny_config(readout_norm="batch", **changes))
     seen = []
     model.head[1].register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))

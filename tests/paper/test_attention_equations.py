@@ -1,4 +1,4 @@
-"""Astromorphic attention: each term against numbers worked out by hand, all against the loops."""
+"""Astromorphic attention: each term against numbers worked out by hand, all against loops."""
 
 from __future__ import annotations
 
@@ -112,6 +112,17 @@ def test_a_silent_neuron_adds_no_calcium_and_no_infinite_slope(backend):
     close(response, [[1 / 6, 160 / 6], [0.5 / 3, 80 / 3]], 1e-12)
     response.sum().backward()
     assert attention.to_qkv.weight.grad.isfinite().all()
+
+
+@BACKENDS
+def test_calcium_below_one_amplifies(backend):
+    # sum_t phi(k_t) = [1/16 1/256], g = [1/2 1/4], phi(Q) = [1 1/2; 1 1], C = [5/8; 3/4];
+    # m H = phi(K)^T V = [1/32 1/16; 1/512 1/256].
+    keys = [[-math.log(32), -math.log(512)]] * 2
+    attention = hand_worked(backend, queries=[[0.0, -math.log(2)], [0.0, 0.0]], keys=keys)
+    first, second = 1 / 32 + 1 / 1024, 1 / 32 + 1 / 512
+    expected = [[first / 2 / 0.625, first / 0.625], [second / 2 / 0.75, second / 0.75]]
+    close(read(attention), expected, 1e-12)
 
 
 @BACKENDS

@@ -71,8 +71,9 @@ def test_what_stands_at_padding_changes_nothing(attention_type, pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_trailing_padding_may_be_cut_off_and_t_and_T_stay(pooling):
-    config = small_config(pooling=pooling)
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_trailing_padding_may_be_cut_off_and_t_and_T_stay(attention_type, pooling):
+    config = small_config(attention_type=attention_type, pooling=pooling)
     model = small_model(config)
     batch = small_batch(config, (MASKS[1], (1,) * 3 + (0,) * 9))
     expected = model(batch.tokens, batch.mask)
@@ -154,17 +155,23 @@ def test_a_segment_is_pure(pooling):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_samples_of_a_batch_do_not_see_each_other():
-    model, batch = small_model(small_config()), small_batch(small_config())
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_samples_of_a_batch_do_not_see_each_other(attention_type):
+    config = small_config(attention_type=attention_type)
+    model, batch = small_model(config), small_batch(config)
     together = model(batch.tokens, batch.mask)
     for row in range(len(together)):
         alone = model(batch.tokens[row : row + 1], batch.mask[row : row + 1])
         close(alone[0], together[row], 1e-12)
 
 
-@pytest.mark.parametrize("memory_tokens", [0, 2])
-def test_only_the_memory_joins_segments(memory_tokens):
-    config = small_config(num_memory_tokens=memory_tokens, pooling="last")
+@pytest.mark.parametrize(("attention_type", "memory_tokens"), [
+    pair for pair in itertools.product(ATTENTIONS, [0, 2]) if pair != ("luna", 0)
+])
+def test_only_the_memory_joins_segments(attention_type, memory_tokens):
+    config = small_config(
+        attention_type=attention_type, num_memory_tokens=memory_tokens, pooling="last"
+    )
     model, tokens = small_model(config), small_batch(config, None).tokens
     changed = tokens.clone()
     changed[:, :4] = 16 - tokens[:, :4]
