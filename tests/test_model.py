@@ -13,7 +13,6 @@ from attention import ATTENTION
 from attention.baselines import landmark_runs, pseudo_inverse
 from attention.equations import Terms, feature_map, inverse_calcium
 from attention.fused import FusedResponse, reference_response
-from lra_config import Config
 from model import build_model
 from utils import grid_positions, sinusoidal_positions
 

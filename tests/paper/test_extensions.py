@@ -10,8 +10,8 @@ from cases import close, shaken, small_batch, small_config, small_model
 from attention.equations import feature_map
 from attention.token_mixer import ImageConvolution
 from model import build_model
-from readout import intensity
-from train import amrb_backward, bptt_backward, recompute_statistics
+from readout import intensity, recompute_statistics
+from training.gradients import amrb_backward, bptt_backward
 from training.optimizer import build_optimizers
 
 NEIGHBORS = {"basis_init": "neighbors", "position_embedding": "none", "decay_scale": 4.0}
