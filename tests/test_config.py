@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,9 @@ def test_every_key_belongs_to_one_group_and_to_the_main_configuration():
     grouped = [key for group in Config.groups for key in group.model_fields]
     assert sorted(grouped) == sorted(Config.model_fields)
     assert set(read_mapping(ROOT / "configs" / "config_v10.yaml")) == set(grouped)
+
+
+def test_the_configuration_page_is_current():
+    """`python docs/generate_configuration.py > docs/configuration.md` brings it up to date."""
+    page = runpy.run_path(str(ROOT / "docs/generate_configuration.py"))["page"]()
+    assert (ROOT / "docs/configuration.md").read_text() == page + "\n"

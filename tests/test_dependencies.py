@@ -55,3 +55,8 @@ def test_the_lock_holds_the_constraints_each_with_a_hash():
     entries = re.split(r"\n(?=\w)", (ROOT / "requirements.lock").read_text())
     unhashed = [entry for entry in entries if PIN.match(entry) and "--hash=sha256:" not in entry]
     assert unhashed == []
+
+
+def test_the_changelog_begins_with_this_version():
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert f'version = "{newest[1]}"' in (ROOT / "pyproject.toml").read_text()
