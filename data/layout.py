@@ -42,11 +42,6 @@ def count_rows(path: Path) -> int:
     return count + (not last.endswith(b"\n"))
 
 
-def count_rows_below_header(path: Path) -> int:
-    """Count the lines of a file but the first."""
-    return max(count_rows(path) - 1, 0)
-
-
 def count_pathfinder(metadata: Path) -> int:
     """Count the rows of Pathfinder's metadata, or its images if they are fewer."""
     images = metadata.parent / "imgs"
@@ -101,9 +96,10 @@ class Layout(NamedTuple):
         values = list(recorded.values()) if isinstance(recorded, dict) else self.expected
         return [value for value in values if isinstance(value, int)][: len(self.parts)]
 
-    def is_complete(self, folder: Path) -> bool:
-        """Whether each part has as many examples as it should."""
-        pairs = zip(self.counts(folder), self.expected_counts(folder), strict=False)
+    def is_complete(self, folder: Path, counts: list[int] | None = None) -> bool:
+        """Whether each part has as many examples as it should; `counts` if they are known."""
+        counts = self.counts(folder) if counts is None else counts
+        pairs = zip(counts, self.expected_counts(folder), strict=False)
         return all(count >= expected for count, expected in pairs)
 
     def source(self, folder: Path) -> str:
@@ -134,7 +130,8 @@ LAYOUTS = {
     "listops": Layout(
         (f"{RELEASE}/listops-1000",),
         {part: (f"basic_{part}.tsv",) for part in ("train", "val", "test")},
-        expected=(96_000, 2_000, 2_000), count=count_rows_below_header,
+        expected=(96_000, 2_000, 2_000),
+        count=lambda path: max(count_rows(path) - 1, 0),  # the first line is a header
     ),
     "pathfinder32": pathfinder_layout("curv_contour_length_14"),
     "pathfinder32-intermediate": pathfinder_layout("curv_contour_length_9"),
@@ -191,8 +188,9 @@ def inspect(root: str, name: str) -> tuple[str, str, str]:
     folder = layout.find(root)
     if not layout.is_present(folder):
         return "absent", "-", f"nothing at {folder}"
-    state = "complete" if layout.is_complete(folder) else "incomplete"
-    found = " + ".join(f"{count:,}" for count in layout.counts(folder))
+    counts = layout.counts(folder)
+    state = "complete" if layout.is_complete(folder, counts) else "incomplete"
+    found = " + ".join(f"{count:,}" for count in counts)
     if name.startswith("pathfinder32"):
         found += f" images of the {recorded_split(folder)} split"
     return state, layout.source(folder).partition(" ")[0], f"{found} in {folder}"

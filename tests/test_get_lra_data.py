@@ -278,7 +278,6 @@ def test_foreign_part_is_replaced(tool: str, part: bytes, shell: Shell, server: 
     assert_downloaded(shell, shell("cifar10"))
 
 
-@both_tools
 def test_neither_tool(shell: Shell) -> None:
     result = shell("imdb")
     assert result.returncode == 1
