@@ -126,7 +126,7 @@ def test_means_of_several_seeds_are_marked():
 def test_scores_of_statistics_are_those_that_were_measured():
     scores = json.loads((ROOT / "results/statistics.json").read_text())["scores"]
     measured = [f"{x[f'{split}_percent']:.1f}" for x in scores for split in ("validation", "test")]
-    stated = [table for table in tables(ROOT / "results/README.md") if "input" in table[0]][0]
+    stated = next(table for table in tables(ROOT / "results/README.md") if "input" in table[0])
     assert [row[x] for row in stated for x in ("validation, %", "test, %")] == measured
 
 
