@@ -1,8 +1,8 @@
 """The neuron-astrocyte macro model and the memory retention factors it yields.
 
 The slow astrocytic process p^l of a small network driven for a few short-term plasticity (STP)
-cycles integrates from cycle to cycle and saturates. What one cycle still adds to it, as a share of
-what all T cycles add, is the factor by which RMAAT scales the memory after segment t of T.
+cycles integrates from cycle to cycle and saturates. The increment of cycle t, as a share of the sum
+over T cycles, is the factor by which RMAAT scales the memory after segment t of T.
 
     python astrocyte.py          # prints the factors
     python plots.py astrocyte    # draws the two processes and the factors
@@ -41,8 +41,8 @@ from run.program import Parser, print_result, run_program
 SAMPLES_PER_PHASE = 60  # a cycle has two phases: input on, then off
 TABLE_SEGMENTS = (2, 4, 8, 16)  # values of T shown by the command line
 
-# The paper names these functions and leaves them open. All are smooth and saturate, and all but the
-# efficacy vanish at 0, so that silence is the resting state; a synapse at rest must transmit.
+# The paper does not publish these functions. All are smooth and saturate, and all but the efficacy
+# are 0 at 0, so that silence is the resting state; a synapse at rest must transmit.
 efficacy = expit
 firing_rate = theta = psi = kappa = np.tanh
 
@@ -78,7 +78,7 @@ class MacroModelParameters:
 
     @property
     def cycle_ratio(self) -> float:
-        """The ratio r = exp(-gamma^l tau_cycle / tau_p^l) of successive increments of p^l."""
+        """Return r = exp(-gamma^l tau_cycle / tau_p^l), the ratio of successive increments."""
         return math.exp(-self.gamma_long * self.tau_cycle / self.tau_p_long)
 
 
@@ -86,7 +86,7 @@ DEFAULT = MacroModelParameters()
 
 
 class State(NamedTuple):
-    """What the macro model is in at one time, or, with leading dimensions, at several."""
+    """The state of the macro model at one time, or, with leading dimensions, at several."""
 
     x: np.ndarray  # (..., pre + post) neurons, presynaptic ones first
     s: np.ndarray  # (..., post, pre) synapses
@@ -94,42 +94,32 @@ class State(NamedTuple):
     p_long: np.ndarray  # (..., post, pre) slow astrocytic process p^l
 
     def pack(self) -> np.ndarray:
-        """One vector of pre + post + 3 * post * pre numbers, as a solver wants it."""
+        """Return one vector of pre + post + 3 * post * pre numbers, as a solver needs it."""
         return np.concatenate([part.ravel() for part in self])
 
     @classmethod
     def unpack(cls, vectors: np.ndarray, parameters: MacroModelParameters) -> State:
-        """The state of `pack`ed vectors (..., pre + post + 3 * post * pre)."""
+        """Return the state of `pack`ed vectors (..., pre + post + 3 * post * pre)."""
         pre, post = parameters.num_pre, parameters.num_post
         splits = np.cumsum([pre + post, post * pre, post * pre])
         x, *synaptic = np.split(vectors, splits, axis=-1)
         return cls(x, *(part.reshape(*part.shape[:-1], post, pre) for part in synaptic))
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """States of the macro model over time, all float64.
+class Trajectory(NamedTuple):
+    """States of the macro model over time, all float64."""
 
-    Args:
-        times: (steps,) s, strictly rising from 0.
-        x: (steps, pre + post) neurons, presynaptic ones first.
-        s: (steps, post, pre) synapses.
-        p_short: (steps, post, pre) fast astrocytic process p^s.
-        p_long: (steps, post, pre) slow astrocytic process p^l.
-        cycle_ends: (num_cycles + 1,) indices of the times 0, tau_cycle, 2 tau_cycle, ...
-    """
-
-    times: np.ndarray
-    x: np.ndarray
-    s: np.ndarray
-    p_short: np.ndarray
-    p_long: np.ndarray
-    cycle_ends: np.ndarray
+    times: np.ndarray  # (steps,) s, strictly rising from 0
+    x: np.ndarray  # (steps, pre + post) neurons, presynaptic ones first
+    s: np.ndarray  # (steps, post, pre) synapses
+    p_short: np.ndarray  # (steps, post, pre) fast astrocytic process p^s
+    p_long: np.ndarray  # (steps, post, pre) slow astrocytic process p^l
+    cycle_ends: np.ndarray  # (num_cycles + 1,) indices of the times 0, tau_cycle, 2 tau_cycle, ...
 
 
 @lru_cache
 def astrocytic_coupling(parameters: MacroModelParameters = DEFAULT) -> np.ndarray:
-    """Couple the fast processes of two synapses the more the closer they lie.
+    """Return the coupling of the fast processes of two synapses, which falls with their distance.
 
     Returns:
         (post, pre, post, pre), read-only: T_ijkl = strength * exp(-distance / length), with the
@@ -146,7 +136,7 @@ def astrocytic_coupling(parameters: MacroModelParameters = DEFAULT) -> np.ndarra
 def derivatives(
     state: State, drive: np.ndarray, parameters: MacroModelParameters = DEFAULT
 ) -> State:
-    """The right-hand sides of the four equations at the head of this module, per second.
+    """Return the right-hand sides of the four equations above, per second.
 
     Args:
         state: at one time.
@@ -221,13 +211,12 @@ def simulated_increments(parameters: MacroModelParameters = DEFAULT) -> tuple[fl
 
 
 def retention_factors(num_segments: int, parameters: MacroModelParameters = DEFAULT) -> Tensor:
-    """Give the share dp_t / (dp_1 + ... + dp_T) by which the memory leaving segment t is scaled.
+    """Return the shares dp_t / (dp_1 + ... + dp_T) by which the memory leaving segment t is scaled.
 
     Up to T = 128 all factors are positive, sum to 1, fall strictly with t, and each is smaller for
-    a larger T. They fall like r^t (r = 0.846 by default), whatever T. Beside activations of order
-    one the memory is thus below float32 rounding from t = 86 on, exactly zero in float32 from
-    t = 614 and in float64 from t = 4452. From there on a segment starts from blank memory tokens
-    and knows nothing of those before it; only the pooled read-out still joins them.
+    a larger T. They fall like r^t (r = 0.846 by default) for every T. Next to activations of order
+    one the memory is below float32 rounding from t = 86 on, exactly zero in float32 from t = 614
+    and in float64 from t = 4452. From there on the memory carries no information between segments.
 
     Args:
         num_segments: T, at least 1.

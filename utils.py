@@ -38,8 +38,7 @@ def grid_positions(positions: Tensor, side: int, dim: int) -> Tensor:
     """Return sinusoids of the row and of the column of pixels, a quarter of the features each.
 
     A flat index encodes the column only through waves that happen to fit a row. Here the wave
-    lengths range from twice the side to 4 pixels, and the similarity of two rows, or of two
-    columns, depends on their distance only.
+    lengths are 4 pixels to twice the side. The similarity of two rows depends on their distance.
 
     Args:
         positions: (S,) int64, in pixels of a square image read row by row.
@@ -56,9 +55,7 @@ def grid_positions(positions: Tensor, side: int, dim: int) -> Tensor:
     return F.pad(waves, (0, dim - waves.shape[1]))
 
 
-def sinusoidal_segments(
-    num_segments: int, segment_len: int, dim: int
-) -> tuple[Tensor, Tensor]:
+def sinusoidal_segments(num_segments: int, segment_len: int, dim: int) -> tuple[Tensor, Tensor]:
     """Return two factors of the sinusoidal embeddings of T S positions, without a table of them.
 
     Position t S + i turns every wave at i by the angle of t S, so that its embedding is

@@ -1,11 +1,11 @@
-"""Astromorphic attention and AMRB in a model of your own: a signal is told by how it began.
+"""Astromorphic attention and AMRB in a model of your own: a signal is classified by how it began.
 
     python examples/own_model.py
 
-The input is no text but a signal of 256 samples: noise around zero, and in its first quarter around
-one of four levels, which is to be told. Four segments are encoded one after the other, so that
-what the first one held has to travel through all others in the memory tokens. What AMRB asks of the
-model is stated in `model.SegmentRecurrent`; all but the loop over segments is this file's own.
+The input is a signal of 256 samples: noise around zero, and in its first quarter around one of four
+levels, which is the class. Four segments are encoded one after the other. The class is visible in
+the first segment only, so the memory tokens have to carry it through all others.
+`recurrence.SegmentRecurrent` states what AMRB requires of a model, and runs the loop over segments.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from astrocyte import retention_factors
 from attention import AstromorphicAttention
 from dataloader import Batch
 from lra_config import make_config
-from model import SegmentRecurrent
-from train import amrb_backward, bptt_backward
+from recurrence import SegmentRecurrent
+from training.gradients import amrb_backward, bptt_backward
 
 LENGTH, SEGMENTS, MEMORY, DIM, CLASSES = 256, 4, 2, 32, 4
 
@@ -37,8 +37,7 @@ class SignalClassifier(SegmentRecurrent):
         self.window = window  # samples per token
         self.max_seq_len, self.segment_len = LENGTH, LENGTH // SEGMENTS
         tokens = LENGTH // window
-        # The attention reads its sizes and switches from a configuration; the data set named in it
-        # plays no part.
+        # The attention reads its sizes and switches here; the data set has no effect.
         config = make_config({
             "dataset": "imdb_lra", "dim": DIM, "num_heads": 4, "num_memory_tokens": MEMORY,
             "max_seq_len": tokens, "num_segments": SEGMENTS,
@@ -48,7 +47,7 @@ class SignalClassifier(SegmentRecurrent):
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(num_layers))
         self.attentions = nn.ModuleList(AstromorphicAttention(config) for _ in range(num_layers))
         for attention in self.attentions:
-            # Small at first: added to the memory as it is, it would drown what that holds.
+            # Small at first, so that it does not dominate the memory to which it is added.
             attention.to_out.weight.data *= 0.1
         self.feed_forwards = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 64), nn.GELU(), nn.Linear(64, DIM))
@@ -60,7 +59,7 @@ class SignalClassifier(SegmentRecurrent):
         self.register_buffer("factors", factors)
 
     def positions(self) -> Tensor:
-        """phi(R) of all layers, (layers, H, N, m): once per step, not once per segment."""
+        """Return phi(R) of all layers, (layers, H, N, m): once per step, not once per segment."""
         return torch.stack([attention.positions() for attention in self.attentions])
 
     def initial_memory(self, batch_size: int) -> Tensor:
@@ -74,7 +73,7 @@ class SignalClassifier(SegmentRecurrent):
         windows = tokens.unflatten(1, (-1, self.window))  # (B, S / window, window)
         x = torch.cat([memory, self.embed(windows)], dim=1)  # (B, N, D)
         for layer, attention in enumerate(self.attentions):
-            # The residual is not the attention's: it is added here, in front of no second norm.
+            # The attention has no residual: it is added here.
             x = x + attention(self.norms[layer](x), None, positions[layer])
             x = x + self.feed_forwards[layer](x)
         memory = self.leave(x[:, :MEMORY])
@@ -85,7 +84,7 @@ class SignalClassifier(SegmentRecurrent):
 
 
 def signals(count: int, generator: torch.Generator) -> Batch:
-    """Signals (count, LENGTH) and the number (count,) of the level around which each begins."""
+    """Return signals (count, LENGTH) and the level (count,) around which each begins."""
     labels = torch.randint(CLASSES, (count,), generator=generator)
     samples = torch.randn(count, LENGTH, generator=generator)
     samples[:, : LENGTH // SEGMENTS] += labels[:, None] - (CLASSES - 1) / 2

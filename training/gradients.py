@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataloader import Batch
-from model import SegmentRecurrent, autocast_dtype
+from model import autocast_dtype
+from recurrence import SegmentRecurrent
 
 Source = tuple[Tensor, Tensor]  # a tensor, and the leaf that stands for it in the segments
 
