@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
+from data.tasks import ByteTokenizer
 from lra_config import Config, Size, load_config, read_mapping
 from run.files import atomic_write, read_json, write_json
 from run.log import read_metrics
@@ -38,6 +39,8 @@ from tables import ACCURACY, SYSTEMS, TASKS
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from model import RMAAT
 
 ROOT = Path(__file__).parent
 FIGURES = Path("results/figures")
@@ -337,37 +340,45 @@ def retention_figure(folders: Sequence[Path]) -> Figure:
     return figure
 
 
-def attention_figure(folder: Path, text: str, index: int = 0) -> Figure:
-    """Draw, per layer and head, the weights with which positions read each other in one segment.
+def draw_attention(folder: Path, text: str, index: int = 0) -> Figure:
+    """Draw the attention of a finished run on a ListOps expression or a text.
 
-    Args:
-        folder: of a run, with `model.safetensors`.
-        text: a ListOps expression or a text.
-        index: of the segment, from 0.
     Raises:
         UserError: the run has no weights, the task has no texts, or there is no such segment.
     """
-    import torch
-
     from model import RMAAT
-    from training.diagnostics import attention_rows
 
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder / 'model.safetensors'}: missing; name a finished run")
     model = RMAAT.from_pretrained(str(folder))
-    config, kind = model.config, model.config.task.tokenizer
-    if config.task.is_image or config.task.num_documents > 1:
-        raise UserError(f"{folder}: {config.dataset} has no single text to draw")
-    tokenizer = kind(model.vocabulary) if model.vocabulary else kind()
+    task = model.config.task
+    if task.is_image or task.num_documents > 1:
+        raise UserError(f"{folder}: {model.config.dataset} has no single text to draw")
+    tokenizer = task.tokenizer(model.vocabulary) if model.vocabulary else task.tokenizer()
     try:
-        try:
-            stored = tokenizer.encode(text)
-        except TypeError:  # of bytes
-            stored = tokenizer.encode(text.encode())
-        ids = torch.from_numpy(stored.astype("int64") + tokenizer.offset)
-        maps = attention_rows(model, ids[None], index).float().numpy()
+        document = tokenizer.encode(text.encode() if task.tokenizer is ByteTokenizer else text)
+        return attention_figure(model, document, index)
     except ValueError as error:
         raise UserError(f"TEXT {text!r}: {error}") from None
+
+
+def attention_figure(model: RMAAT, document: np.ndarray, index: int = 0) -> Figure:
+    """Draw, per layer and head, the weights with which positions read each other in one segment.
+
+    Args:
+        model: in evaluation mode.
+        document: (length,) as its tokenizer stores it.
+        index: of the segment, from 0.
+    Raises:
+        ValueError: the document has no such segment, or the attention no such weights.
+    """
+    import torch
+
+    from training.diagnostics import attention_rows
+
+    config = model.config
+    ids = torch.from_numpy(document.astype("int64") + config.task.tokenizer.offset)
+    maps = attention_rows(model, ids[None].to(model.memory.device), index).float().cpu().numpy()
     layers, heads, N, _ = maps.shape
     M = config.num_memory_tokens
     names = position_names(config, ids[index * model.segment_len :][: N - M].tolist())
@@ -464,7 +475,7 @@ def committed_figures(root: Path = ROOT) -> Iterator[tuple[str, list[Path], Call
     listops, ablations = results / "listops/rmaat", results / "reproduce/ablations/short/listops"
     weights = [listops / "model.safetensors", listops / "config.json"]
     expression = "[MAX 2 9 [MIN 4 7 ] 0 ]"
-    yield "attention.png", weights, lambda: attention_figure(listops, expression)
+    yield "attention.png", weights, lambda: draw_attention(listops, expression)
     yield "astrocyte.png", [], astrocyte_figure
     memory = [results / "benchmark/memory_cpu.json"]
     yield "memory.png", memory, lambda: memory_figure(memory)
@@ -531,7 +542,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     kind.add_argument("run", type=Path, metavar="RUN", help="holds model.safetensors")
     kind.add_argument("text", metavar="TEXT", help="a ListOps expression or a text")
     kind.add_argument("--segment", type=int, default=0, help="from 0")
-    kind.set_defaults(draw=lambda a: attention_figure(a.run, a.text, a.segment))
+    kind.set_defaults(draw=lambda a: draw_attention(a.run, a.text, a.segment))
     kind = kinds.add_parser("astrocyte")
     kind.set_defaults(draw=lambda arguments: astrocyte_figure())
     for name, kind in kinds.choices.items():

@@ -1,1 +1,1 @@
-"""Many runs at once: sweeps, and the tables of the paper beside ours."""
+"""One script per analysis whose figures the pages report. Nothing imports from here."""
