@@ -19,6 +19,7 @@ import pytest
 
 import generate_lra
 from data import listops
+from data.generation import FORMAT_VERSION
 from data.listops import generate_listops
 
 SPLITS = ("train", "val", "test")
@@ -176,6 +177,18 @@ def test_another_seed_gives_other_sequences(full_length: Path, tmp_path: Path) -
     assert not set(read_rows(full_length, "train")) & set(read_rows(other, "train"))
 
 
+def test_every_target_is_the_value_of_its_source(full_length_rows) -> None:
+    for source, target in full_length_rows:
+        assert target == str(evaluate(to_tree(parse_pairs(source))))
+
+
+def test_depth_and_number_of_arguments_stay_in_range(full_length_rows) -> None:
+    trees = [to_tree(parse_pairs(source)) for source, _ in full_length_rows]
+    assert max(depth_of(tree) for tree in trees) == 10
+    num_args = {len(node[1]) for tree in trees for node in operator_nodes(tree)}
+    assert num_args == set(range(2, 11))
+
+
 def test_every_source_is_its_pair_tree_printed(full_length_rows) -> None:
     for source, _ in full_length_rows:
         assert source == render(to_tree(parse_pairs(source)))
@@ -268,7 +281,7 @@ def test_record_describes_the_files(full_length: Path) -> None:
     assert record["counts"] == {"train": 300, "val": 40, "test": 60}
     assert record["parameters"]["min_length"] == 500
     assert record["parameters"]["max_length"] == 2_000
-    assert record["format_version"] == listops.FORMAT_VERSION
+    assert record["format_version"] == FORMAT_VERSION
     assert record["numpy"] == np.__version__
     assert record["sha256"] == {
         f"basic_{split}.tsv": hashlib.sha256(

@@ -267,3 +267,27 @@ def test_a_batch_is_padded_on_the_right_with_zeros_and_keeps_rows_and_labels_tog
     whole = collate(split, np.array([0]), config, CPU, whole_segments=True)
     assert whole.tokens.shape == (1, 4)
     assert collate(split, np.array([1]), config, CPU).mask is None
+
+
+def test_a_tenth_of_the_training_reviews_is_held_out_for_selection(tmp_path):
+    write_imdb(tmp_path)
+    _, found = splits(tmp_path, "imdb_lra")
+    assert {name: len(split) for name, split in found.items()} == {
+        "train": 36, "val": 4, "test": 40
+    }
+    starts = np.concatenate([found["train"].starts, found["val"].starts]).ravel()
+    assert len(np.unique(starts)) == 40
+
+
+def test_pathfinder_is_split_eight_to_one_to_one(tmp_path):
+    folder = tmp_path / "lra_release" / "pathfinder32" / "curv_contour_length_14"
+    (folder / "metadata").mkdir(parents=True)
+    (folder / "imgs" / "0").mkdir(parents=True)
+    for i in range(40):
+        Image.new("L", (32, 32), i).save(folder / f"imgs/0/sample_{i}.png")
+    rows = "".join(f"imgs/0 sample_{i}.png {i} {i % 2} 1.0\n" for i in range(40))
+    (folder / "metadata" / "0.npy").write_text(rows)
+    _, found = splits(tmp_path, "pathfinder32")
+    assert [len(found[name]) for name in ("train", "val", "test")] == [32, 4, 4]
+    starts = np.concatenate([split.starts.ravel() for split in found.values()])
+    assert len(np.unique(starts)) == 40
