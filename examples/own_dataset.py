@@ -1,12 +1,12 @@
-"""A data set of your own, a CSV file with columns `text` and `label`, without an edit elsewhere.
+"""A data set of your own: a CSV file with the columns `text` and `label`.
 
     python examples/own_dataset.py --config examples/own_dataset.yaml
     python examples/own_dataset.py --checkpoint runs/own/best.pt --predict FILE
 
-Everything that `run_train.py` can do it can do with this data set: it is that program, with one
-more row in the task table. The file is `<data_dir>/own/examples.csv`; a tenth of its rows is held
-out for validation, and a tenth for the test, by `seed`. Where there is none a toy is written, so
-that this runs as it is. Text files in a folder per class are read likewise: docs/data.md shows it.
+This program is `run_train.py` with one more row in the registry of tasks, so it accepts the same
+arguments. The file is `<data_dir>/own/examples.csv`. A tenth of its rows is held out for validation
+and a tenth for the test, by `seed`. If the file is absent, a small example is written. A reader of
+text files in one folder per class is in docs/extending.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is a repository to run from
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a repository, not a package
 
 import run_train
 from data.layout import Layout
@@ -46,7 +46,7 @@ class CsvFile(Reader):
     def examples(self, part: str) -> Iterator[Example]:
         """Yield the bytes of each text, cut to `max_seq_len`, and the number of its class."""
         (path,) = self.sources(part)
-        # Bytes that are no UTF-8 stay what they are.
+        # Bytes that are not UTF-8 stay unchanged.
         with located(path, self.advice), open(
             path, encoding="utf-8", errors="surrogateescape", newline=""
         ) as file:
@@ -67,7 +67,7 @@ TASKS["own"] = Task(
 
 
 def write_toy(path: Path) -> None:
-    """2,000 texts of random letters, told apart by a mark somewhere among them."""
+    """Write 2,000 texts of random letters, whose class is a mark somewhere among them."""
     letters = random.Random(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "w") as file:
