@@ -187,7 +187,8 @@ class GradientSums:
         if again:
             torch._foreach_add_([self.sums[i] for i in again], [found[i] for i in again])
         self.sums = {**found, **self.sums}
-        return gradient
+        # A copy: the gradient of a memory is a view that keeps the gradient of all rows alive.
+        return None if gradient is None else gradient.clone()
 
     def _widened(self, found: dict[int, Tensor]) -> dict[int, Tensor]:
         """Gradients in the precision of their sources."""
