@@ -1,15 +1,21 @@
 """Peak memory, throughput and scaling: `python benchmark.py WHAT --json FILE`.
 
-    memory       RMAAT by AMRB, by BPTT and by BPTT with torch.utils.checkpoint, RMT, Transformer
-    replay       RMAAT by AMRB, by how many segments it replays: memory for time
+    memory       RMAAT by AMRB, by BPTT and by BPTT with torch.utils.checkpoint, RMT, Transformer;
+                 with --replayed, AMRB by the number of replayed segments
+    tasks        the paper's memory table, counted: five tasks, four systems
     throughput   training speed of every system, and the share of the matrix-multiply rate
     scaling      RMAAT by AMRB from 1,024 to 1,048,576 tokens
 
-The systems are measured in turn, `--repeats` times; a row states medians. On a CPU each row has a
-process of its own, and its peak memory is the process's high-water mark during the steps minus what
-it held once model, gradients and optimizer state existed. On CUDA all rows share this process, its
-events time the steps, and the peak is that of allocated bytes (what the allocator reserved stands
-beside it). Ratios within one run are what to compare; absolute times depend on the machine.
+`memory --count`, `memory --batch 1 2 4 8` and `tasks` count the bytes of the live tensors of a
+training step, on tensors without data. The count is exact, takes seconds at any size, and needs
+neither the memory nor the device. Softmax attention counts as the memory-efficient kernels of CUDA
+and CPU run it, without an N x N matrix.
+
+All other commands measure. The systems take turns, `--repeats` times, and a row states medians. On
+a CPU each row has its own process. Its peak is the process's high-water mark during the steps,
+minus the memory held once model, gradients and optimizer state existed. On CUDA the peak is that of
+allocated bytes. Compare ratios within one run: absolute times depend on the machine. `--set`
+changes the configuration, as in `memory --count --set dim=512`.
 """
 
 from __future__ import annotations
@@ -19,46 +25,48 @@ import functools
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tables
 from dataloader import Batch
-from lra_config import Config, make_config, read_mapping
+from lra_config import Config, make_config, read_mapping, single_values
 from model import RMAAT, build_model
 from run.files import write_json
-from run.program import Parser, run_program
+from run.program import Parser, UserError, run_program
 from tables import AMRB, BPTT, markdown
-from train import StepResult, amrb_backward, bptt_backward
-from training.acceleration import (
-    BudgetedReplay,
-    GraphedBackward,
-    compile_model,
-    resolve_device,
-)
+from training.acceleration import BudgetedReplay, GraphedBackward, compile_model, resolve_device
 from training.diagnostics import count_flop, peak_memory_mib, reset_peak_memory
-from training.optimizer import build_optimizers
+from training.gradients import StepResult, amrb_backward, bptt_backward
+from training.optimizer import STATE_TENSORS, build_optimizers
 from utils import first_line, hardware, versions
 
 STEPS = {"cpu": (1, 3), "cuda": (5, 20)}  # warm-up, timed
 LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fewer
-SCALING_LENGTHS = [2**k for k in range(10, 21)]
-TABLES = Path(__file__).parent / "configs" / "tables"
+CONFIGS = Path(__file__).parent / "configs"
+BATCH_SIZE = 4
+BATCH_GOAL = 64  # sequences per optimizer step, reached by gradient accumulation
+PASSES = f"passes for {BATCH_GOAL}"
 
 BASE = {
     "dataset": "listops", "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 512,
-    "num_memory_tokens": 1, "batch_size": 4, "precision": "float32",
+    "num_memory_tokens": 1, "precision": "float32", "position_embedding": "sinusoidal",
 }
-CHECKPOINTED, GRAPHED = f"{BPTT}, checkpointed", f"{AMRB}, CUDA graphs"
+# The model and batch of `tasks`: the paper does not publish its own.
+TASK_SIZE = {"dim": 512, "num_heads": 8, "ffn_dim": 2048, "batch_size": 16}
+CHECKPOINTED = f"{BPTT}, checkpointed"
 # Name: file in configs/tables/, further overrides.
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     AMRB: ("rmaat", {}),
@@ -67,84 +75,27 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{AMRB}, compiled": ("rmaat", {"compile": True}),
     f"{AMRB}, bfloat16": ("rmaat", {"precision": "bfloat16"}),
     f"{AMRB}, bfloat16, compiled": ("rmaat", {"precision": "bfloat16", "compile": True}),
-    GRAPHED: ("rmaat", {"cuda_graphs": True}),
-    f"{AMRB}, bfloat16, compiled, CUDA graphs": (
-        "rmaat", {"precision": "bfloat16", "compile": True, "cuda_graphs": True}
-    ),
     **{name: (key, {}) for key, name in reversed(tables.SYSTEMS.items()) if key != "rmaat"},
 }
 RMT, TRANSFORMER = tables.SYSTEMS["rmt"], tables.SYSTEMS["transformer"]
 MEMORY_SYSTEMS = [AMRB, BPTT, CHECKPOINTED, RMT, TRANSFORMER]
+PAPER_SYSTEMS = [AMRB, BPTT, RMT, TRANSFORMER]
 MEASURED = ("step_seconds", "peak_mib", "reserved_mib", "gflop", "kernels", "compile_seconds")
 # Operations that launch nothing: they allocate, look at a tensor in another way, or at its type.
 NO_KERNELS = {
     "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "promote_types",
     "_unsafe_view", "_reshape_alias",
 }
-
-
-class Stopwatch:
-    """Measures the seconds from its construction to `stop`.
-
-    On CUDA it uses the device's own events, and only reading them waits for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._started = self._stopped = self._mark()
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> Stopwatch:
-        """End the measurement; return the stopwatch."""
-        self._stopped = self._mark()
-        return self
-
-    def seconds(self) -> float:
-        """Return the measured time."""
-        if self._device.type != "cuda":
-            return self._stopped - self._started
-        self._stopped.synchronize()
-        return self._started.elapsed_time(self._stopped) / 1e3
-
-
-class KernelCounter(TorchDispatchMode):
-    """Counts the operations that compute or copy, each a kernel on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += launches(operation)
-        return operation(*args, **(kwargs or {}))
-
-
-def launches(operation: torch._ops.OpOverload) -> bool:
-    """Return whether an operation is a kernel; views are none."""
-    returns = [r.alias_info for r in operation._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in returns)
-    return not is_view and operation._schema.name.removeprefix("aten::") not in NO_KERNELS
-
-
-def count_kernels(step: Callable[[], object]) -> int:
-    """Return the number of kernels of one call, which must run eagerly."""
-    with KernelCounter() as counter:
-        step()
-    return counter.count
+Row = dict[str, Any]
 
 
 def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
-    """BPTT that keeps each segment's inputs and runs it again: what one would otherwise use."""
+    """Run BPTT on segments of which only the inputs are kept: the usual way to save memory."""
     segments, mask = model.split(batch.tokens, batch.mask)
-    run = functools.partial(checkpoint, model.segment, use_reentrant=False)
+    # No random state to preserve: dropout is a function of its keys.
+    run = functools.partial(
+        checkpoint, model.segment, use_reentrant=False, preserve_rng_state=False
+    )
     readouts = [readout for _, readout in model.recur(segments, run=run)]
     logits = model.head(model.combine(readouts, mask))
     loss = F.cross_entropy(logits, batch.labels)
@@ -155,16 +106,22 @@ def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> Ste
 def benchmark_config(
     system: str, seq_len: int, segment_len: int, device: str, batch_size: int, **further: Any
 ) -> Config:
-    """The configuration of one row; `further` keys override the system's."""
+    """Build the configuration of one row; `further` keys override the system's."""
     file, own = SYSTEMS[system]
     return make_config({
         **BASE, "max_seq_len": seq_len, "num_segments": max(seq_len // segment_len, 1),
-        **read_mapping(TABLES / f"{file}.yaml"), **own, "device": device,
-        "batch_size": batch_size, "position_embedding": "sinusoidal", **further,
+        **read_mapping(CONFIGS / "tables" / f"{file}.yaml"), **own, "device": device,
+        "batch_size": batch_size, **further,
     })
 
 
+def task_config(file: str, **further: Any) -> Config:
+    """Build the configuration of a file in configs/ under further keys."""
+    return make_config({**read_mapping(CONFIGS / f"{file}.yaml"), **further})
+
+
 def random_batch(config: Config, length: int) -> Batch:
+    """Draw unpadded tokens (B, length) and labels (B,) on the configuration's device."""
     shape = (config.batch_size, length)
     return Batch(
         torch.randint(1, config.task.tokenizer.vocab_size, shape, device=config.device),
@@ -173,58 +130,119 @@ def random_batch(config: Config, length: int) -> Batch:
     )
 
 
-def eager_backward(system: str, config: Config) -> Callable[..., StepResult]:
-    """What leaves the gradients of one step of a system."""
+def step_backward(system: str, config: Config) -> Callable[..., StepResult]:
+    """Return the eager function that leaves the gradients of one step of a system."""
     if system == CHECKPOINTED:
         return checkpointed_backward
     return amrb_backward if config.memory_replay_backprop else bptt_backward
 
 
-def measure(system: str, **row: Any) -> dict[str, float | None]:
-    """Measure one row of the tables, as `measure_config` does."""
-    config = benchmark_config(system, **row)
-    return measure_config(config, eager_backward(system, config))
+# Counting
 
 
-def measure_task(file: str, **overrides: Any) -> dict[str, float | None]:
-    """Measure the model and the shapes of a file in configs/, as `measure_config` does."""
-    values = read_mapping(Path(__file__).parent / "configs" / f"{file}.yaml")
-    config = make_config({**values, **overrides})
-    return measure_config(config, eager_backward(AMRB, config))
+class NoModules:
+    """Substitute for MemTracker's tracker of modules, which expects each to run once per step."""
+
+    parents = ()
+    is_bw = property(lambda self: torch._C._current_graph_task_id() != -1)  # inside autograd
+
+    def register_user_hooks(self, *hooks: Any) -> None:
+        """Ignore hooks on modules."""
+
+    clear_user_hooks = __enter__ = __exit__ = register_user_hooks
 
 
-def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str, float | None]:
-    """Train on random tokens in this process.
+def count(config: Config, backward: Callable[..., StepResult]) -> dict[str, float]:
+    """Count the bytes of the live tensors at the peak of one training step.
 
-    Args:
-        eager: what leaves the gradients of a step.
+    The optimizer's own step is not run: it updates in place, after the peak.
+
+    Returns:
+        MiB at the peak: `weights_mib` with buffers, `optimizer_mib`, `gradients_mib` (those that
+        exist by then), `activations_mib` with the copies of weights that a lower precision takes,
+        `replay_buffer_mib`, `temporary_mib` of the backward pass, and their sum `total_mib`.
+        `peak_mib` is the total without weights, all gradients and optimizer state, as measured.
+    """
+    if config.replay_segments != "all":
+        backward = BudgetedReplay(backward, config)
+    model = build_model(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model._apply(lambda x: torch.empty_like(x, device=config.device))
+        batch = random_batch(config, config.max_seq_len)
+        memory = MemTracker()
+        memory._mod_tracker = NoModules()
+        memory._track_module_params_and_buffers(model)
+        with memory:
+            backward(model, batch)
+    (kinds,) = memory.get_tracker_snapshot("peak").values()
+    optimizer = sum(
+        parameter.nbytes * len(STATE_TENSORS[name] - {"step"})
+        for name, each in build_optimizers(model, config).items()
+        for group in each.param_groups for parameter in group["params"]
+    )
+    buffer = 0
+    if config.memory_replay_backprop:
+        memories = config.segments_per_sequence - getattr(backward, "kept", 1) + 1
+        buffer = memories * model.initial_memory(len(batch.tokens) * config.num_sequences).nbytes
+    weights, total = kinds[_MemRefType.PARAM], kinds["Total"] + optimizer
+    counted = {
+        "peak": kinds["Total"] - kinds[_MemRefType.BUFFER] - 2 * weights, "total": total,
+        "weights": weights + kinds[_MemRefType.BUFFER], "optimizer": optimizer,
+        "gradients": kinds[_MemRefType.GRAD], "replay_buffer": buffer,
+        "activations": kinds[_MemRefType.ACT] - buffer, "temporary": kinds[_MemRefType.TEMP],
+    }
+    return {f"{kind}_mib": value / 2**20 for kind, value in counted.items()} | {
+        "total_gb": total / 1e9
+    }
+
+
+def count_row(request: Row) -> Row:
+    """Count one row of the tables."""
+    config = benchmark_config(**request)
+    return described(request) | count(config, step_backward(request["system"], config))
+
+
+# Measuring
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts the operations that compute or copy, each a kernel on a GPU; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aliases = [returned.alias_info for returned in operation._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        name = operation._schema.name.removeprefix("aten::")
+        self.count += not is_view and name not in NO_KERNELS
+        return operation(*args, **(kwargs or {}))
+
+
+def count_kernels(step: Callable[[], object]) -> int:
+    """Return the number of kernels of one call, which must run eagerly."""
+    with KernelCounter() as counter:
+        step()
+    return counter.count
+
+
+def measure(request: Row) -> dict[str, float | None]:
+    """Measure one row of the tables, or a `file` in configs/ under further keys, in this process.
+
     Returns:
         `step_seconds`, the median of the timed steps, `peak_mib` above the model's own state,
         `gflop`, executed in the matrix products of a step, `kernels` of an eager step without the
         optimizer, `compile_seconds`, and on CUDA `reserved_mib`.
     """
+    config = task_config(**request) if "file" in request else benchmark_config(**request)
     device = resolve_device(config)
     torch.manual_seed(0)
     model = build_model(config).to(device)
-    optimizers = build_optimizers(model, config).values()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()  # creates its state
-    backward = eager
-    if config.cuda_graphs is True:
-        backward = GraphedBackward(backward)
-    if config.replay_segments != "all":
-        backward = BudgetedReplay(backward, config)
-
-    def step(batch: Batch) -> Stopwatch:
-        watch = Stopwatch(device)
-        model.zero_grad(set_to_none=config.cuda_graphs is not True)  # as a run does
-        backward(model, batch)
-        for optimizer in optimizers:
-            optimizer.step()
-        return watch.stop()
-
+    eager = step_backward(request.get("system", AMRB), config)
+    step = training_step(model, config, eager)
     is_long = config.max_seq_len >= LONG
     batch = random_batch(config, config.max_seq_len)
     warm_up = batch
@@ -238,14 +256,13 @@ def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str
         compile_seconds = time.perf_counter() - started
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    # What libraries load on their first call is not the step's.
+    # Libraries load parts of themselves on their first call, which is not the step's memory.
     step(warm_up if config.compile is True else Batch(batch.tokens[:1, :8], None, batch.labels[:1]))
     held = reset_peak_memory(device)
-    warm_up_steps, timed_steps = STEPS[device.type]
-    for _ in range(1 if is_long else warm_up_steps):
+    warm_up_steps, timed_steps = (1, 1) if is_long else STEPS[device.type]
+    for _ in range(warm_up_steps):
         step(warm_up)
-    watches = [step(batch) for _ in range(1 if is_long else timed_steps)]
-    seconds = statistics.median(watch.seconds() for watch in watches)
+    seconds = statistics.median(step(batch) for _ in range(timed_steps))
     peak_mib = peak_memory_mib(device) - held
     reserved = torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else None
     model.compiled_encode = None  # the operations of the eager form are counted
@@ -258,11 +275,39 @@ def measure_config(config: Config, eager: Callable[..., StepResult]) -> dict[str
     }
 
 
+def training_step(
+    model: RMAAT, config: Config, backward: Callable[..., StepResult]
+) -> Callable[[Batch], float]:
+    """Return a function that runs one training step and returns its seconds."""
+    device = resolve_device(config)
+    optimizers = build_optimizers(model, config).values()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()  # creates its state
+    if config.cuda_graphs is True:
+        backward = GraphedBackward(backward)
+    if config.replay_segments != "all":
+        backward = BudgetedReplay(backward, config)
+
+    def step(batch: Batch) -> float:
+        started = time.perf_counter()
+        model.zero_grad(set_to_none=config.cuda_graphs is not True)  # as a run does
+        backward(model, batch)
+        for optimizer in optimizers:
+            optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return step
+
+
 def matmul_gflop_per_second(device_name: str) -> float:
-    """The best rate of a product over the shapes of this model's own linear maps."""
+    """Measure the best rate of a product over the shapes of the model's own linear maps."""
     device = torch.device(device_name)
     D, F_ = BASE["dim"], BASE["ffn_dim"]
-    rows = BASE["batch_size"] * (512 + BASE["num_memory_tokens"])
+    rows = BATCH_SIZE * (512 + BASE["num_memory_tokens"])
     best = 0.0
     for fan_in, fan_out in ((D, 3 * D), (D, D), (D, F_), (F_, D)):
         x, w = torch.randn(rows, fan_in, device=device), torch.randn(fan_in, fan_out, device=device)
@@ -277,29 +322,14 @@ def matmul_gflop_per_second(device_name: str) -> float:
     return best
 
 
-def in_fresh_process(what: str, request: Any) -> Any:
-    """The answer of this file's hidden command `what`, from a child process.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    child = subprocess.run(
-        [sys.executable, __file__, what, json.dumps(request)], capture_output=True, text=True
-    )
-    if child.returncode:
-        lines = child.stderr.strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"killed by signal {-child.returncode}")
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-def in_this_process(what: str, request: Any) -> Any:
-    """The same, where the device keeps its own account of memory.
+def in_this_process(function: Callable[[Any], Any], argument: Any) -> Any:
+    """Call a function that fills memory, and free what it leaves.
 
     Raises:
         RuntimeError: it failed.
     """
     try:
-        return ANSWERS[what](request)
+        return function(argument)
     except Exception as error:  # a row that fails is a row
         raise RuntimeError(first_line(error)) from None
     finally:
@@ -307,225 +337,223 @@ def in_this_process(what: str, request: Any) -> Any:
         torch.cuda.empty_cache()
 
 
-ANSWERS: dict[str, Callable[[Any], Any]] = {
-    "row": lambda request: measure(**request),
-    "task": lambda request: measure_task(**request),
-    "rate": matmul_gflop_per_second,
-}
+def in_fresh_process(function: Callable[[Any], Any], argument: Any) -> Any:
+    """Call a function in a process of its own, whose memory is the function's alone.
+
+    Raises:
+        RuntimeError: it failed, or the process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(in_this_process, function, argument).result()
 
 
 def serve() -> None:
-    """Answer requests `[what, request]`, each a line of JSON, by an `answer` or an `error`."""
+    """Answer requests `["row" or "task", request]`, a line of JSON each, by `answer` or `error`."""
     for line in sys.stdin:
-        what, request = json.loads(line)
+        _, request = json.loads(line)
         try:
-            reply = {"answer": in_this_process(what, request)}
+            reply = {"answer": in_this_process(measure, request)}
         except RuntimeError as error:
             reply = {"error": str(error)}
         print(json.dumps(reply), flush=True)
 
 
-def measure_in_turn(
-    requests: Sequence[dict[str, Any]], repeats: int, *, with_rate: bool
-) -> list[dict[str, Any]]:
-    """Medians over `repeats` rounds, each of which measures every request once.
+def described(request: Row) -> Row:
+    """Return the request of a row with its segments and the version of torch."""
+    config = benchmark_config(**request)
+    return {
+        **request, "num_segments": config.num_segments, "segment_len": config.segment_len,
+        "torch": torch.__version__,
+    }
 
-    A row that cannot be measured (no memory left) says so under `error`.
+
+def measure_in_turn(requests: Sequence[Row], repeats: int, *, with_rate: bool = False) -> list[Row]:
+    """Return medians over `repeats` rounds, each of which measures every request once.
+
+    A row that cannot be measured (no memory left) holds the reason under `error`.
 
     Args:
         with_rate: add each row's `matmul_share`, its executed operations over the machine's own
             rate, measured in every round too.
     """
-    answer = in_this_process if requests[0]["device"] == "cuda" else in_fresh_process
-    answers: list[list[dict[str, Any]]] = [[] for _ in requests]
+    call = in_this_process if requests[0]["device"] == "cuda" else in_fresh_process
+    answers: list[list[Row]] = [[] for _ in requests]
     errors: dict[int, str] = {}
     rates = []
     for _ in range(repeats):
         if with_rate:
-            rates.append(answer("rate", requests[0]["device"]))
+            rates.append(call(matmul_gflop_per_second, requests[0]["device"]))
         for i, request in enumerate(requests):
-            if i in errors:
-                continue
-            try:
-                answers[i].append(answer("row", request))
-            except RuntimeError as error:
-                errors[i] = str(error)
+            if i not in errors:
+                try:
+                    answers[i].append(call(measure, request))
+                except RuntimeError as error:
+                    errors[i] = str(error)
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     rows = []
     for i, (request, measured) in enumerate(zip(requests, answers, strict=True)):
-        config = benchmark_config(**request)
-        row = {
-            **request, "num_segments": config.num_segments, "segment_len": config.segment_len,
-            "torch": torch.__version__,
-        }
+        row = described(request)
+        rows.append(row)
         if i in errors:
-            rows.append({**row, "error": errors[i]})
+            row["error"] = errors[i]
             continue
         row |= {
             key: statistics.median(m[key] for m in measured)
             for key in MEASURED if measured[0].get(key) is not None
         }
-        tokens = request["batch_size"] * request["seq_len"]
-        row["tokens_per_second"] = tokens / row["step_seconds"]
-        if with_rate and "gflop" in row and config.precision == "float32":  # as the rate is
+        row["tokens_per_second"] = request["batch_size"] * request["seq_len"] / row["step_seconds"]
+        row["us_per_token"] = 1e6 / row["tokens_per_second"]
+        is_float32 = benchmark_config(**request).precision == "float32"  # as the rate is
+        if with_rate and "gflop" in row and is_float32:
             row["matmul_share"] = row["gflop"] / row["step_seconds"] / statistics.median(rates)
-        rows.append(row)
     return rows
 
 
-def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every chosen system at every length, segments of one length."""
-    return measure_in_turn(
-        [
-            request(arguments, system, seq_len)
-            for seq_len in arguments.seq_lens for system in arguments.systems or MEMORY_SYSTEMS
-        ],
-        arguments.repeats, with_rate=False,
-    )
+# Commands
 
 
-def replay(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """AMRB by the number of segments that it replays, from all to none."""
+def request(arguments: argparse.Namespace, system: str, seq_len: int, **further: Any) -> Row:
+    """Return the request of one row: the arguments of `benchmark_config`."""
+    return {
+        "system": system, "seq_len": seq_len, "segment_len": arguments.segment_len,
+        "device": arguments.device, "batch_size": BATCH_SIZE, **further, **arguments.keys,
+    }
+
+
+def memory(arguments: argparse.Namespace) -> list[Row]:
+    """Count or measure every chosen system at every length, in segments of one length."""
     requests = []
     for seq_len in arguments.seq_lens:
-        own = request(arguments, AMRB, seq_len)
-        T = benchmark_config(**own).num_segments
-        counts = sorted({T - 1, *(T * k // 4 for k in range(4))} - {-1}, reverse=True)
-        requests += [{**own, "replay_segments": count} for count in counts]
-    return measure_in_turn(requests, arguments.repeats, with_rate=False)
+        for system in arguments.systems or MEMORY_SYSTEMS:
+            own = request(arguments, system, seq_len)
+            by_replays = [{**own, "replay_segments": count} for count in arguments.replayed or ()]
+            requests += by_replays if by_replays and system == AMRB else [own]
+    if arguments.batch:
+        return batches(requests, arguments.batch, 2**10 * arguments.memory)
+    if arguments.count:
+        return [count_row(each) for each in requests]
+    return measure_in_turn(requests, arguments.repeats)
 
 
-def throughput(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every chosen system, with the share of the machine's matrix-multiply rate."""
+def batches(requests: Sequence[Row], sizes: Sequence[int], limit_mib: float) -> list[Row]:
+    """Count every request by the batch, and find the largest batch within the limit."""
+    rows = []
+    for own in requests:
+        counted = [count_row({**own, "batch_size": size}) for size in sizes]
+        largest = largest_batch(own, limit_mib)
+        goal = {"largest_batch": largest, PASSES: -(-BATCH_GOAL // max(largest, 1))}
+        rows += [row | goal for row in counted]
+    return rows
+
+
+def largest_batch(request: Row, limit_mib: float) -> int:
+    """Return the largest batch whose step fits into the limit, weights and optimizer included."""
+    def total(batch_size: int) -> float:
+        return count_row({**request, "batch_size": batch_size})["total_mib"]
+
+    # From batches of some size on, memory is affine in the batch.
+    first, second = total(16), total(32)
+    return max(int(16 + 16 * (limit_mib - first) / (second - first)), 0)
+
+
+def tasks(arguments: argparse.Namespace) -> list[Row]:
+    """Count the paper's memory table, and again where BPTT takes the memory that the paper has."""
+    rows = []
+    for task in tables.TASKS:
+        own = make_config({"dataset": task_config(task).dataset})  # in the paper's length
+        keys = {**TASK_SIZE, "dataset": own.dataset, "segment_len": own.segment_len}
+        sizes = [keys["batch_size"]]
+        if limit := tables.PEAK_GB[BPTT][task]:
+            bptt = request(arguments, BPTT, own.max_seq_len, **keys)
+            sizes.append(largest_batch(bptt, limit * 1e9 / 2**20))
+        for size in sizes:
+            keys["batch_size"] = size
+            rows += [
+                count_row(request(arguments, system, own.max_seq_len, **keys))
+                | {"task": task, "paper_gb": tables.PEAK_GB[system][task]}
+                for system in PAPER_SYSTEMS
+            ]
+    return rows
+
+
+def throughput(arguments: argparse.Namespace) -> list[Row]:
+    """Measure every chosen system, with the share of the machine's matrix-multiply rate."""
+    systems = arguments.systems or SYSTEMS
     return measure_in_turn(
-        [
-            request(arguments, system, seq_len)
-            for seq_len in arguments.seq_lens
-            for system in arguments.systems or speed_systems(arguments.device)
-        ],
+        [request(arguments, system, length) for length in arguments.seq_lens for system in systems],
         arguments.repeats, with_rate=True,
     )
 
 
-def speed_systems(device: str) -> list[str]:
-    return [
-        system for system, (_, keys) in SYSTEMS.items()
-        if device == "cuda" or not keys.get("cuda_graphs")
-    ]
-
-
-def scaling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One sequence, ever longer."""
+def scaling(arguments: argparse.Namespace) -> list[Row]:
+    """Measure one sequence of growing length."""
     return measure_in_turn(
         [
-            {**request(arguments, system, seq_len), "batch_size": 1}
+            request(arguments, system, seq_len, batch_size=1)
             for system in arguments.systems or [AMRB] for seq_len in arguments.seq_lens
         ],
-        arguments.repeats, with_rate=False,
+        arguments.repeats,
     )
 
 
-def request(arguments: argparse.Namespace, system: str, seq_len: int) -> dict[str, Any]:
-    return {
-        "system": system, "seq_len": seq_len, "segment_len": arguments.segment_len,
-        "device": arguments.device, "batch_size": BASE["batch_size"],
-    }
+CASE = ["system", "seq_len", "replay_segments"]
+TABLES = {  # keys of rows, a column each
+    "memory": [*CASE, "peak_mib", "peak_mib x AMRB", "step_seconds", "step_seconds x AMRB"],
+    "count": [*CASE, "peak_mib", "peak_mib x AMRB", "activations_mib", "temporary_mib"],
+    "batch": [*CASE, "batch_size", "total_mib", "largest_batch", PASSES],
+    "tasks": [
+        "task", "batch_size", "system", "total_gb", "total_gb x AMRB", "paper_gb",
+        "paper_gb x AMRB",
+    ],
+    "throughput": [
+        "system", "seq_len", "num_segments", "tokens_per_second", "tokens_per_second x RMT",
+        "matmul_share", "kernels",
+    ],
+    "scaling": ["system", "seq_len", "num_segments", "step_seconds", "us_per_token", "peak_mib"],
+}
+REFERENCES = {  # of ratios
+    "peak_mib": AMRB, "total_gb": AMRB, "paper_gb": AMRB, "step_seconds": AMRB,
+    "tokens_per_second": RMT,
+}
 
 
-def print_table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict], str]]) -> None:
-    """Markdown, a cell empty where its figure is missing."""
+def add_ratios(rows: Sequence[Row]) -> None:
+    """Add each figure over that of AMRB or RMT in the same case, where both exist."""
+    def case(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("task", "seq_len", "batch_size"))
 
-    def cell(text: Callable[[dict], str], row: dict[str, Any]) -> str:
-        try:
-            return text(row)
-        except KeyError:
-            return ""
+    for key, system in REFERENCES.items():
+        own = [row for row in rows if row["system"] == system]
+        references = {case(row): row.get(key) for row in reversed(own)}  # the first one counts
+        for row in rows:
+            if row.get(key) and references.get(case(row)):
+                row[f"{key} x {system.split(', ')[-1]}"] = row[key] / references[case(row)]
 
-    print(markdown(list(columns), [[cell(text, row) for text in columns.values()] for row in rows]))
+
+def print_table(rows: Sequence[Row], keys: Sequence[str]) -> None:
+    """Print Markdown, a cell empty where its figure is missing, and the errors on stderr."""
+    def cell(value: Any) -> str:
+        if not isinstance(value, float):
+            return "" if value is None else str(value)
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    print(markdown(keys, [[cell(row.get(key)) for key in keys] for row in rows]))
     for row in rows:
         if "error" in row:
             print(f"{row['system']}, {row['seq_len']} tokens: {row['error']}", file=sys.stderr)
 
 
-def relative_to(
-    rows: Sequence[dict[str, Any]], system: str, key: str
-) -> Callable[[dict[str, Any]], str]:
-    """A column: `key` over that of `system` at the same length."""
-    reference = {row["seq_len"]: row[key] for row in rows if row["system"] == system and key in row}
-    return lambda row: f"{row[key] / reference[row['seq_len']]:.2f}"
-
-
-def report(what: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table of one command."""
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "system": lambda r: r["system"],
-        "tokens": lambda r: f"{r['seq_len']:,}",
-        "segments": lambda r: str(r["num_segments"]),
-    }
-    peak, step = (lambda r: f"{r['peak_mib']:,.0f}"), (lambda r: milliseconds(r["step_seconds"]))
-    if what == "memory":
-        columns |= {
-            "peak MiB": peak, "x AMRB": relative_to(rows, AMRB, "peak_mib"),
-            "step ms": step, "x AMRB's time": relative_to(rows, AMRB, "step_seconds"),
-        }
-    elif what == "replay":
-        columns |= {
-            "replayed": lambda r: str(r["replay_segments"]), "peak MiB": peak, "step ms": step,
-        }
-    elif what == "throughput":
-        columns |= {
-            "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
-            "x RMT": relative_to(rows, RMT, "tokens_per_second"),
-            "of the matmul rate": lambda r: f"{100 * r['matmul_share']:.0f} %",
-            "step ms": step, "kernels, eager": lambda r: f"{r['kernels']:,}",
-        }
-    else:
-        columns |= {
-            "step ms": step, "us per token": lambda r: f"{1e6 / r['tokens_per_second']:.1f}",
-            "peak MiB": peak,
-        }
-    print_table(rows, columns)
-
-
-def milliseconds(seconds: float) -> str:
-    """Three significant digits."""
-    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
-
-
-def plot_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time per token and peak memory over the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for system in dict.fromkeys(row["system"] for row in rows):
-        own = [row for row in rows if row["system"] == system and "error" not in row]
-        lengths = [row["seq_len"] for row in own]
-        time_axes.plot(lengths, [1e6 / row["tokens_per_second"] for row in own], "o-", label=system)
-        memory_axes.plot(lengths, [row["peak_mib"] for row in own], "o-")
-    time_axes.set(ylabel="time per token (us)")
-    memory_axes.set(ylabel="peak memory of a step (MiB)")
-    for axes in (time_axes, memory_axes):
-        axes.set(xscale="log", xlabel="tokens", ylim=(0, None))
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-    time_axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 COMMANDS = {
     "memory": (memory, [1024, 2048, 4096, 8192]),
-    "replay": (replay, [8192]),
+    "tasks": (tasks, []),
     "throughput": (throughput, [1024, 2048, 4096, 8192]),
-    "scaling": (scaling, SCALING_LENGTHS),
+    "scaling": (scaling, [2**k for k in range(10, 21)]),
 }
 
 
 def positive(text: str) -> int:
+    """Read a number that is at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -539,19 +567,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(dest="what", required=True, metavar=names)
+    commands.add_parser("serve")
     for name, (_, lengths) in COMMANDS.items():
         command = commands.add_parser(name)
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-        if name != "replay":
-            command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
+        command.add_argument("--json", type=Path, help="write the rows to this file")
+        command.add_argument("--systems", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM")
         command.add_argument("--seq_lens", nargs="+", type=positive, default=lengths)
         command.add_argument("--segment_len", type=positive, default=512)
-        command.add_argument("--repeats", type=int, choices=range(1, 100), default=3, metavar="N")
-        command.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
-    commands.add_parser("serve")
-    # One measurement, for the child process.
-    for name in ANSWERS:
-        commands.add_parser(name).add_argument("request", type=json.loads)
+        command.add_argument("--repeats", type=positive, default=3, metavar="N")
+        command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+        if name == "memory":
+            command.add_argument("--count", action="store_true", help="count, do not measure")
+            command.add_argument("--batch", nargs="+", type=positive, help="count, by the batch")
+            command.add_argument("--memory", type=float, default=16, help="GiB to fit a batch into")
+            command.add_argument("--replayed", nargs="+", type=int, help="segments, of AMRB")
     return parser.parse_args()
 
 
@@ -560,30 +590,24 @@ def main() -> int:
     if arguments.what == "serve":
         serve()
         return 0
-    if arguments.what in ANSWERS:
-        print(json.dumps(ANSWERS[arguments.what](arguments.request)))
-        return 0
+    table = arguments.what
+    if table == "memory":
+        table = "batch" if arguments.batch else "count" if arguments.count else "memory"
+    is_counted = table in ("tasks", "batch", "count")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("benchmark.py: --device cuda, but torch sees no CUDA device", file=sys.stderr)
-        return 2
+        raise UserError("--device cuda, but torch sees no CUDA device")
+    arguments.keys = single_values(arguments.set)
     S = arguments.segment_len
     for length in arguments.seq_lens:
         if length % min(S, length):
-            print(
-                f"benchmark.py: --seq_lens {length} is no multiple of --segment_len {S}",
-                file=sys.stderr,
-            )
-            return 2
-    run, _ = COMMANDS[arguments.what]
-    rows = run(arguments)
-    report(arguments.what, rows)
+            raise UserError(f"--seq_lens {length} is no multiple of --segment_len {S}")
+    rows = COMMANDS[arguments.what][0](arguments)
+    add_ratios(rows)
+    print_table(rows, TABLES[table])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, {
-            "rows": rows, "hardware": hardware(torch.device(arguments.device)), **versions(),
-        })
-        if arguments.what == "scaling":
-            plot_scaling(rows, arguments.json.with_suffix(".png"))
+        machine = "none, counted" if is_counted else hardware(torch.device(arguments.device))
+        write_json(arguments.json, {"rows": rows, "hardware": machine, **versions()})
     return int(any("error" in row for row in rows))
 
 
