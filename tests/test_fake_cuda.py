@@ -54,7 +54,8 @@ class Operations(TorchDispatchMode):
         if name == "prim::device":
             return result
         self.names.append(name)
-        if (name == "_to_copy" and not is_in_cpp) or not any(x.device.type == self.device for x in tensors(args)):
+        is_copy = name == "_to_copy" and not is_in_cpp
+        if is_copy or not any(x.device.type == self.device for x in tensors(args)):
             return result
         return tree_map_only(
             torch.Tensor, lambda x: x if x.device.type == self.device
