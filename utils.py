@@ -141,10 +141,13 @@ def hardware(device: torch.device) -> str:
 
 
 def _commit() -> str:
+    folder = Path(__file__).resolve().parent
+    # A copy inside another repository must not record that repository's commit.
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            cwd=folder, env=environment, capture_output=True, text=True, check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

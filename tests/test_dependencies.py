@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+import utils
 
 PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml"}  # where the two names differ
 PIN = re.compile(r"([\w.-]+)==([^\s;\\]+)")
@@ -60,3 +63,15 @@ def test_the_lock_holds_the_constraints_each_with_a_hash():
 def test_the_changelog_begins_with_this_version():
     newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     assert f'version = "{newest[1]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_recorded_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
+    """A copy of the code inside another repository records none."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "other"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "copy/utils.py"))
+    assert utils.versions()["commit"] == "unknown"
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    assert utils.versions()["commit"] != "unknown"
