@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import run.program  # noqa: F401 - before all others, as it refuses foreign modules
 from data.packing import PackedSplit
 from data.tasks import PADDING_ID
 from lra_config import Config, ConfigError

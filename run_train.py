@@ -19,7 +19,7 @@ from lra_config import Config, ConfigError, load_config, single_values
 from run.program import (
     Parser,
     end_by_exception,
-    launched_processes,
+    launcher_variable,
     log_line,
     print_result,
     run_program,
@@ -70,7 +70,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--eval_only and --predict exclude each other; give one of them")
     if predicts and not arguments.predict:
         raise ConfigError("--predict names no file; name one, or - for standard input")
-    if predicts and launched_processes().world_size > 1:
+    if predicts and launcher_variable("WORLD_SIZE") > 1:
         raise ConfigError("--predict works in one process; start it without torchrun")
     if arguments.checkpoint and not uses_checkpoint:
         raise ConfigError(

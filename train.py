@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import run.program  # noqa: F401 - before all others, as it refuses foreign modules
 from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_seed, load_splits
 from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError
@@ -39,11 +39,10 @@ from run.checkpoint import (
 from run.files import write_json
 from run.log import RunLog
 from run.processes import Processes, current_processes
-from run.program import UserError, caught_signals, interruption, log_line, shown
+from run.program import UserError, caught_signals, log_line, shown
 from training.acceleration import (
     BudgetedReplay,
     ExecutionPlan,
-    Graphed,
     GraphedBackward,
     compile_model,
     plan_execution,
@@ -59,7 +58,7 @@ from training.diagnostics import (
     peak_memory_mib,
     reset_peak_memory,
 )
-from training.gradients import StepResult, amrb_backward, bptt_backward, score
+from training.gradients import StepResult, amrb_backward, bptt_backward
 from training.optimizer import build_optimizers, restore_optimizers, set_learning_rate
 from utils import hardware, seed_everything, seed_step, versions
 
@@ -87,7 +86,6 @@ class Run:
     optimizers: dict[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     backward: Callable[..., StepResult]
-    score: Callable[..., StepResult]
     graphed: bool  # whether a step is a captured CUDA graph
     progress: Progress
     # Sums of loss, correct answers and real tokens since the last line of the log. They stay on
@@ -193,13 +191,13 @@ def prepare(config: Config, resume: bool) -> Run:
     state = processes.first_alone(lambda: saved_state(config, resume))
     reader, splits, stages = processes.first_alone(lambda: load_data(config))
     data_digest = digest(splits, stages)
-    if state is not None and state.data not in (None, data_digest):
+    if state is not None and state.data != data_digest:
         raise DataError(
             f"{config.data_dir}: {config.dataset} differs from the data that "
             f"{config.run_dir / 'last.pt'} was trained on; restore it, or set another run_name"
         )
     seed_everything(config.seed)
-    begun = None if state is None else state.precision or "float32"
+    begun = None if state is None else state.precision
     model, execution = prepare_model(config, reader, device, begun)
     if state is None:
         load_initial_weights(model, reader)
@@ -210,7 +208,7 @@ def prepare(config: Config, resume: bool) -> Run:
         optimizers=build_optimizers(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=float16),
         backward=amrb_backward if config.memory_replay_backprop else bptt_backward,
-        score=score, graphed=execution.cuda_graphs, progress=Progress(), versions=software,
+        graphed=execution.cuda_graphs, progress=Progress(), versions=software,
         overview=None, upcoming=[], sums=torch.zeros(3, dtype=torch.float64, device=device),
         steps=iter(()),
     )
@@ -221,7 +219,7 @@ def prepare(config: Config, resume: bool) -> Run:
     if execution.compile:
         compile_model(model, run.backward, run.upcoming[0])
     if run.graphed:
-        run.backward, run.score = GraphedBackward(run.backward), Graphed(run.score)
+        run.backward = GraphedBackward(run.backward)
     if config.replay_segments != "all":
         run.backward = BudgetedReplay(run.backward, config)
     run.overview = look_ahead(config, model, reader, splits, run.upcoming[0], processes)
@@ -429,7 +427,7 @@ def evaluate_split(run: Run, split: str, slices: Slices | None = None) -> Metric
             if run.signals:
                 return
 
-    metrics = evaluate(run.model, until_signal(), run.processes, slices, run.score)
+    metrics = evaluate(run.model, until_signal(), run.processes, slices)
     run.interrupted = run.processes.largest(len(run.signals)) > 0
     return None if run.interrupted else metrics
 
@@ -457,7 +455,10 @@ def save(run: Run) -> None:
 def leave(run: Run) -> NoReturn:
     """End an interrupted run, whose checkpoint is saved, in all processes alike."""
     number = run.processes.largest(run.signals[0] if run.signals else 0)
-    raise interruption(128 + number, run.progress.step)
+    raise UserError(
+        f"{signal.Signals(number).name} at step {run.progress.step}; checkpoint saved; go on with "
+        "--resume", exit_status=128 + number,
+    )
 
 
 def finish(run: Run) -> Summary:
@@ -491,7 +492,7 @@ def finish(run: Run) -> Summary:
         examples={name: len(split) for name, split in run.splits.items()},
         command=" ".join(sys.argv), versions=run.versions,
         precision=str(lower or torch.float32).removeprefix("torch."),
-        expected=run.overview.expected(), test_slices=slices.shares(run.processes),
+        expected=run.overview.expected, test_slices=slices.shares(run.processes),
     )
     if run.log is not None:
         values = dataclasses.asdict(summary)

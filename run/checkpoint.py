@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from run.files import atomic_write, complaint, locked, read_json
 from run.log import read_metrics
 from run.processes import current_processes
 from run.program import UserError, log_line, one_line, shown
+from utils import first_line
 
 # The files of a run, besides config.yaml and last.pt.
 RUN_FILES = (
@@ -75,22 +76,15 @@ class Best(TrainedModel):
     val_accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
-def _by_name(optimizer: Any) -> Any:
-    """Return state_dicts by optimizer; before Muon existed, a checkpoint held AdamW's alone."""
-    alone = isinstance(optimizer, dict) and "param_groups" in optimizer
-    return {"adamw": optimizer} if alone else optimizer
-
-
 @validated(config=SCHEMA, kw_only=True)
 class TrainingState(TrainedModel):
     """A `last.pt`: everything that an uninterrupted run would have at that step."""
 
-    optimizer: Annotated[dict[str, dict[str, Any]], BeforeValidator(_by_name)]
+    optimizer: dict[str, dict[str, Any]]  # state_dicts by the optimizer's name
     scaler: dict[str, float | int]  # of float16
-    # Checkpoints that do not say were trained in float32.
-    precision: Annotated[str, BeforeValidator(lambda name: name or "float32")] = "float32"
+    precision: str = "float32"
     processes: Annotated[int, Field(ge=1)]
-    data: str | None = None  # digest of the data; unknown in old checkpoints
+    data: str  # digest of the data
     running: Tensor  # (3,) sums of loss, correct answers and tokens since the last line of the log
     progress: Progress
 
@@ -135,12 +129,11 @@ def save(path: Path, state: TrainedModel | dict[str, Any]) -> None:
     try:
         with atomic_write(path) as handle:
             torch.save(state, handle)
-    # torch hides the OSError of a full disk behind a RuntimeError of its own.
-    except (OSError, RuntimeError) as error:
-        previous = "the previous checkpoint is kept" if path.exists() else "no checkpoint exists"
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise CheckpointError(f"{path}: could not be written ({reason}); {previous}") from error
+    except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{path}: could not be written ({first_line(reason)}); a previous checkpoint is kept"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -151,8 +144,7 @@ def readable(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = one_line(lines[0], 120)
+        reason = first_line(error)
         if isinstance(error, ValidationError):
             reason = complaint(error)
         elif "weights_only" in str(error):  # torch advises to load the file unsafely
@@ -212,24 +204,16 @@ def fitting(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Reserve a run's folder for this process while the body runs.
-
-    The folder is created if it is missing, and removed afterwards if it is empty.
+    """Create a run's folder, and reserve it for this process while the body runs.
 
     Raises:
         UserError: another process trains there.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder / "run.lock", "trains there", ", or set another run_name"):
-            for stale in folder.glob("*.part"):  # of a process that was killed
-                stale.unlink()
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            for path in created:
-                path.rmdir()
+    with locked(folder / "run.lock", "trains there", ", or set another run_name"):
+        for stale in folder.glob("*.part"):  # of a process that was killed
+            stale.unlink()
+        yield
 
 
 def check_unclaimed(config: Config) -> None:
@@ -293,7 +277,6 @@ def begin_folder(config: Config, *, anew: bool) -> None:
     Raises:
         UserError: the log of the run to resume is damaged.
     """
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     if anew:
         for name in RUN_FILES:
             (config.run_dir / name).unlink(missing_ok=True)

@@ -20,51 +20,38 @@ WANDB_TIMEOUT = 30.0  # seconds that the start and the end of a run wait for W&B
 
 
 class RunLog:
-    """The `metrics.jsonl` of a run, mirrored to W&B if `wandb: true`."""
+    """The `metrics.jsonl` of a run, mirrored to W&B if `wandb: true`.
+
+    A failure of W&B never ends a training: the first one is reported in one line and ends the
+    mirror. The environment variable WANDB_MODE chooses between online and offline.
+    """
 
     def __init__(self, config: Config, *, keep_until: int) -> None:
         """Open the log and drop the rows after step `keep_until` of the run that is resumed."""
         self._path = config.run_dir / "metrics.jsonl"
-        history = []
         if self._path.exists():
             history = [row for row in read_metrics(config.run_dir) if row["step"] <= keep_until]
             with atomic_write(self._path, "w") as handle:
                 handle.writelines(json.dumps(row) + "\n" for row in history)
-        self._mirror = WandbMirror(config, history) if config.wandb else None
+        self._wandb: Any = None
+        if config.wandb:
+            self._attempt(lambda: self._start_wandb(config))
 
     def write(self, step: int, **values: Any) -> None:
         """Append one row; a value that is not finite becomes null, as JSON has no NaN."""
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with named_os_errors(self._path), open(self._path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **values}) + "\n")
-        if self._mirror is not None:
-            self._mirror.log(step, values)
+        if self._wandb is not None:
+            self._attempt(lambda: self._wandb.log(values, step=step))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Pass the summary to W&B and end its run."""
-        if self._mirror is not None:
-            self._mirror.finish(summary)
+        if self._wandb is not None:
+            self._attempt(lambda: (self._wandb.summary.update(summary), self._wandb.finish()))
 
-
-class WandbMirror:
-    """A W&B run whose failure never ends a training.
-
-    The first error, that of the import included, is reported in one line and ends the mirror. The
-    environment variable WANDB_MODE chooses between online and offline. A resumed run keeps its
-    id, in `wandb_id` of the run's folder.
-    """
-
-    def __init__(self, config: Config, history: list[dict[str, Any]]) -> None:
-        """Start the W&B run.
-
-        Args:
-            config: the run.
-            history: the rows of a resumed run, which a new offline folder lacks.
-        """
-        self._run: Any = None
-        self._attempt(lambda: self._start(config, history))
-
-    def _start(self, config: Config, history: list[dict[str, Any]]) -> None:
+    def _start_wandb(self, config: Config) -> None:
+        """Start a W&B run; a resumed run continues that of `wandb_id` in its folder."""
         import wandb
 
         # In setup, not in init: the login comes before init reads its own settings.
@@ -73,36 +60,19 @@ class WandbMirror:
             finish_timeout=WANDB_TIMEOUT, finish_timeout_raises=True,
         ))
         id_file = config.run_dir / "wandb_id"
-        self._run = wandb.init(
+        self._wandb = wandb.init(
             project=config.wandb_project, name=config.wandb_run_name or config.run_name,
             config=config.model_dump(), dir=config.run_dir, resume="allow",
             id=id_file.read_text() if id_file.exists() else None,
         )
         with atomic_write(id_file, "w") as handle:
-            handle.write(self._run.id)
-        if history and self._run.offline:
-            for row in history:
-                self.log(row["step"], {k: v for k, v in row.items() if k != "step"})
-            folder = Path(self._run.dir).parent
-            log_line(f"wandb: {folder} holds the full history; sync this folder alone")
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log one row."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.log(values, step=step))
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Log the summary and end the run."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.summary.update(summary))
-        if self._run is not None:
-            self._attempt(self._run.finish)
+            handle.write(self._wandb.id)
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:
-            self._run = None
+            self._wandb = None
             log_line(f"wandb is off, the run goes on: {first_line(error)}")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from run.program import UserError, launched_processes, one_line
+from run.program import UserError, launcher_variable, one_line
 
 Result = TypeVar("Result")
 TIMEOUT_SECONDS = 10_800  # one process packs a data set while the others wait
@@ -128,13 +128,12 @@ def joined_processes() -> Iterator[None]:
     Raises:
         UserError: not all of them arrive.
     """
-    launched = launched_processes()
-    if launched.world_size == 1:
+    if launcher_variable("WORLD_SIZE") == 1:
         yield
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(launched.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(launcher_variable("LOCAL_RANK") % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     # Its functions keep the default group of the moment of their import as a default argument.
     # Imported later (by the optimizer), they would keep the group and its threads alive past

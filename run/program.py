@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 LINE_LENGTH = 400  # characters of a message
 VALUE_LENGTH = 100  # characters of a value in a message
@@ -45,35 +45,20 @@ class UserError(Exception):
         return one_line(super().__str__())
 
 
-class Launched(NamedTuple):
-    """The rank of a process and the number of processes, on all machines and on this one."""
+def launcher_variable(name: str) -> int:
+    """Return a variable of the launcher `torchrun`.
 
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-
-def launched_processes() -> Launched:
-    """Return what the launcher (`torchrun`) says of this process; rank 0 of 1 without a launcher.
-
-    Raises:
-        UserError: the environment variables are not those that a launcher sets.
+    Args:
+        name: RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; without a launcher a rank is 0 and a
+            size is 1.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return Launched()
-    try:
-        return Launched(*(int(os.environ[name.upper()]) for name in Launched._fields))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"WORLD_SIZE is set as by torchrun, but not all of its variables ({error}); start the "
-            "processes with torchrun, or unset WORLD_SIZE"
-        ) from None
+    started = os.environ if "WORLD_SIZE" in os.environ else {}
+    return int(started.get(name, 1 if name.endswith("SIZE") else 0))
 
 
 def is_first_process() -> bool:
     """Return whether this is the process that writes to the terminal, by its environment."""
-    return launched_processes().rank == 0
+    return launcher_variable("RANK") == 0
 
 
 def log_line(text: str) -> None:
@@ -118,18 +103,6 @@ class Terminated(BaseException):
 
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Handler = Callable | int | None
-
-
-def end_at_once(program: str) -> None:
-    """Let SIGINT and SIGTERM end the program with one line, while it imports its libraries."""
-
-    def leave(number: int, _frame: object) -> NoReturn:
-        os.write(2, f"{program}: {signal.Signals(number).name}, nothing done yet\n".encode())
-        os._exit(128 + number)
-
-    for number in ENDING_SIGNALS:
-        signal.signal(number, leave)
 
 
 def end_by_exception() -> None:
@@ -152,7 +125,7 @@ def caught_signals(then: Callable[[int], object] = lambda number: None) -> Itera
         The numbers received so far.
     """
     received: list[int] = []
-    previous: dict[int, Handler] = {}
+    previous = {}
 
     def collect(number: int, frame: object) -> None:
         received.append(number)
@@ -168,14 +141,6 @@ def caught_signals(then: Callable[[int], object] = lambda number: None) -> Itera
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def interruption(status: int, step: int) -> UserError:
-    """Return the error that ends a training with exit status 128 + the signal's number."""
-    name = signal.Signals(status - 128).name
-    return UserError(
-        f"{name} at step {step}; checkpoint saved; go on with --resume", exit_status=status
-    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,9 +162,6 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of the output needs no more of it
         discard_output()
         return 0
-    except UnicodeEncodeError as error:
-        reason = f"{error.object[:200]} cannot be a file name in the locale's {error.encoding}"
-        return fail(name, f"{reason}; set PYTHONUTF8=1", 2)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
         advice = "free some space" if error.errno == errno.ENOSPC else "name another, or repair it"
@@ -212,6 +174,6 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
 
 def fail(name: str, reason: object, exit_status: int, *, by_all: bool = True) -> int:
     """Print the reason; of several processes that all fail (`by_all`) only the first one does."""
-    if not by_all or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+    if not by_all or is_first_process():
         print(one_line(f"{name}: {reason}"), file=sys.stderr)
     return exit_status

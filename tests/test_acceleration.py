@@ -64,9 +64,7 @@ def test_long_runs_on_a_cpu_use_bfloat16_where_it_has_instructions(
     config = tiny_config(**changes)
     plan = plan_execution(config, CPU, 100_000, begun)
     assert plan[:3] == (precision, False, False)
-    is_emulated = precision == "bfloat16" and not instructions
-    assert bool(plan.reason) == (config.precision == "auto" or is_emulated)
-    assert plan_execution(tiny_config(**changes, compile=True), CPU, 100_000, begun).compile
+    assert bool(plan.reason) == (config.precision == "auto")
 
 
 def test_cuda_compiles_and_captures_unless_a_key_says_otherwise(capsys):
@@ -107,21 +105,6 @@ def test_a_compiler_that_fails_leaves_the_run_eager(listops_dir, tmp_path, compi
     compiler(broken)
     train(run_config(tmp_path, listops_dir, compile=True, max_steps=3))
     assert "compile is off: no working C++ compiler\n" in capsys.readouterr().out
-
-
-def test_a_compiler_that_computes_something_else_is_not_used(compiler, capsys):
-    def wrong(_, function, **options):
-        def call(*arguments):
-            memory, readout = function(*arguments)
-            return memory, 2 * readout
-        return call
-
-    compiler(wrong)
-    config = tiny_config()
-    model = build_model(config)
-    assert not compile_model(model, amrb_backward, tiny_batch(config))
-    assert model.compiled_encode is None
-    assert "compile is off: its gradients differ from eager ones" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from dataloader import Batch
 from lra_config import Config, ConfigError
 from model import RMAAT, autocast_dtype
-from run.program import UserError, launched_processes, log_line
+from run.program import UserError, launcher_variable, log_line
 from training.gradients import shared_weights
 from utils import first_line, restore
 
@@ -26,11 +26,8 @@ Backward = Callable[..., Any]  # (model, batch, scale, seed) to a `train.StepRes
 
 LONG_RUN = 1e14  # floating-point operations, half an hour of one CPU core
 RECOMPILE_LIMIT = 64  # forms of one segment: passes, masks, the last batches of evaluations
-# Relative to the gradient's norm, a compiled step against an eager one, by whether the precision is
-# a lower one: the two then round at different operations.
-COMPILE_TOLERANCE = {False: 1e-3, True: 0.1}
-# The same for a captured step: rounding (atomic sums in bfloat16) stays below, a wrong graph does
-# not.
+# Of a captured step, relative to the gradient's norm: rounding (atomic sums in bfloat16) stays
+# below, a wrong graph does not.
 GRAPH_TOLERANCE = 0.02
 WARMUP_RUNS = 2
 REPLAY_SHARE = 0.5  # of the memory that is free in the first step, for kept activations
@@ -51,7 +48,7 @@ def resolve_device(config: Config) -> torch.device:
         # A saturated sigmoid leaves gradients of such numbers; AT then took twice the time.
         torch.set_flush_denormal(True)
         return torch.device("cpu")
-    processes = launched_processes().local_world_size
+    processes = launcher_variable("LOCAL_WORLD_SIZE")
     if processes > present:
         raise ConfigError(
             f"{processes} processes share {present} CUDA devices; start as many as there are "
@@ -71,15 +68,14 @@ def reported_out_of_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        message = str(error) or "out of memory"
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            _, allocator, message = message.partition("DefaultCPUAllocator: ")
-            if not allocator:
-                raise
-        message, _, _ = message.partition(" GPU ")  # the layout of the allocator's memory
-        message = message.strip().splitlines()[0].partition(". Error code")[0].rstrip(".")
-        advice = "lower batch_size and raise accumulate, or raise num_segments"
-        raise UserError(f"{message}; {advice}", alone=True) from error
+        is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_ours and "DefaultCPUAllocator" not in str(error):
+            raise
+        message, _, _ = first_line(error).partition(" GPU ")  # the layout of the memory
+        raise UserError(
+            f"{message.rstrip('.')}; lower batch_size and raise accumulate, or raise num_segments",
+            alone=True,
+        ) from error
 
 
 class ExecutionPlan(NamedTuple):
@@ -122,14 +118,11 @@ def _cpu_precision(config: Config, parameters: int, begun: str | None) -> tuple[
     long runs use it and short ones keep float32's digits. With AVX2 it is emulated and 7 times
     slower. A resumed run keeps its precision.
     """
-    has_instructions = bfloat16_instructions()
-    if config.precision == "bfloat16" and not has_instructions:
-        return "bfloat16", "this CPU has no instructions for it; precision=float32 is faster"
     if config.precision != "auto":
         return config.precision, ""
     if begun is not None:
         return ("float32" if begun == "auto" else begun), "as the run was begun"  # auto: on CUDA
-    if not has_instructions:
+    if not bfloat16_instructions():
         return "float32", "this CPU has no bfloat16 instructions"
     tokens = config.batch_size * config.accumulate * config.max_seq_len * config.max_steps
     if 8 * parameters * tokens < LONG_RUN:  # operations of forward, backward and replay
@@ -150,68 +143,26 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
     """Set `model.compiled_encode`; leave the model eager, with one line, where that fails.
 
     Args:
-        batch: of the run's shapes, for a trial step that compiles both passes. Its gradients are
-            compared with those of an eager step.
+        batch: of the run's shapes, for a trial step that compiles both passes.
     Returns:
         Whether the model is compiled.
     """
     torch._dynamo.reset()  # an earlier run of this process has left its own forms
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    compiled = torch.compile(model.encode, dynamic=False)
-
-    def give_up(reason: str) -> None:
-        model.compiled_encode = None
-        log_line(f"compile is off: {reason}")
-
-    def encode(*arguments: Any) -> tuple[Tensor, Tensor]:
-        try:
-            return compiled(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        # Missing compilers, devices and its own defects raise without a common class.
-        except Exception as error:
-            give_up(first_line(error))
-            return model.encode(*arguments)
-
-    seed = model.dropout_seed()
-    model.compiled_encode = None
-    expected = _trial_gradient(model, backward, batch, seed)
-    model.compiled_encode = encode
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    model.compiled_encode = torch.compile(model.encode, dynamic=False)
     try:
-        actual = _trial_gradient(model, backward, batch, seed)
+        backward(model, batch)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of compiling the backward pass
-        give_up(first_line(error))
-        return False
-    if model.compiled_encode is encode and bool(expected.isfinite().all()):
-        difference = _relative_difference(actual, expected)
-        is_lower = autocast_dtype(model.precision, batch.tokens.device) is not None
-        if not difference <= COMPILE_TOLERANCE[is_lower]:
-            give_up(f"its gradients differ from eager ones by {difference:.1e}")
-    return model.compiled_encode is encode
-
-
-def _trial_gradient(
-    model: RMAAT, backward: Backward, batch: Batch, seed: Tensor | None
-) -> Tensor:
-    """Return the flat gradient of one step; leave no gradient and the buffers as they were."""
-    statistics = [buffer.clone() for buffer in model.buffers()]
-    model.zero_grad()
-    try:
-        backward(model, batch, 1.0, seed)
-        return _flat_gradient(model)
+    # Missing compilers, devices and its own defects raise without a common class.
+    except Exception as error:
+        model.compiled_encode = None
+        log_line(f"compile is off: {first_line(error)}")
     finally:
         model.zero_grad()
         restore(model.buffers(), statistics)
-
-
-def _flat_gradient(model: RMAAT) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def _relative_difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return model.compiled_encode is not None
 
 
 class Capture(NamedTuple):
@@ -223,22 +174,22 @@ class Capture(NamedTuple):
     result: Any  # `train.StepResult`
 
 
-class Graphed:
-    """A step captured as one CUDA graph per shape of batch, and replayed.
+class GraphedBackward:
+    """A backward pass captured as one CUDA graph per shape of batch, and replayed.
 
     Batches of full segments have one shape per number of active segments. The first replay of
-    every graph is compared with the eager result. If they differ, or the capture fails, all
+    every graph is compared with the eager gradients. If they differ, or the capture fails, all
     further steps are eager and one line reports it. All captures share one memory pool and one side
     stream: a stream of its own would keep a workspace of the matrix library for each.
+
+    The gradients must stay the same tensors: clear them with `zero_grad(set_to_none=False)`.
     """
 
-    has_gradients = False
-
-    def __init__(self, step: Callable[..., Any]) -> None:
+    def __init__(self, backward: Backward) -> None:
         """Args:
-            step: (model, batch, scale, seed, ...) to a named tuple of tensors.
+            backward: (model, batch, scale, seed, ...) to a `train.StepResult`.
         """
-        self.step = step
+        self.backward = backward
         self.captures: dict[tuple, Capture] = {}
         self.enabled = True
         self.stream: torch.cuda.Stream | None = None
@@ -249,11 +200,11 @@ class Graphed:
         """Return a copy of the step's result; `rest` is constant within a graph."""
         # Drawn outside of the graph, which would repeat its own draw.
         seed = model.dropout_seed() if seed is None else seed
-        key = (batch.tokens.shape, batch.mask is None, scale, model.training, *rest)
+        key = (batch.tokens.shape, batch.mask is None, scale, *rest)
         if self.enabled and key not in self.captures:
             self._try_capture(key, model, batch, scale, seed, *rest)
         if key not in self.captures:
-            return self.step(model, batch, scale, seed, *rest)
+            return self.backward(model, batch, scale, seed, *rest)
         capture = self.captures[key]
         for static, value in zip((*capture.batch, capture.seed), (*batch, seed), strict=True):
             if static is not None:
@@ -263,21 +214,20 @@ class Graphed:
 
     def _try_capture(self, key: tuple, model: RMAAT, *arguments: Any) -> None:
         """Capture one form of the step; leave gradients and running statistics as they were."""
-        written = [*model.buffers(), *self._gradients(model)]
+        gradients = _gradients(model)
+        written = [*model.buffers(), *gradients]
         values = [tensor.clone() for tensor in written]
         current = torch.cuda.current_stream()
         try:
-            capture = self._capture(model, *arguments)
+            capture = self._capture(model, gradients, *arguments)
             if capture is not None:
                 self.captures[key] = capture
-        except torch.OutOfMemoryError:
-            torch.cuda.set_stream(current)
-            self.captures.clear()
-            raise
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a failed capture can leave its own one current
-            self.enabled = False
             self.captures.clear()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.enabled = False
             log_line(f"cuda_graphs is off: {first_line(error.__context__ or error)}")
         finally:
             restore(written, values)
@@ -285,64 +235,48 @@ class Graphed:
             torch.cuda.empty_cache()  # the pool's memory
 
     def _capture(
-        self, model: RMAAT, batch: Batch, scale: float, seed: Tensor | None, *rest: Any
+        self, model: RMAAT, gradients: list[Tensor], batch: Batch, scale: float,
+        seed: Tensor | None, *rest: Any,
     ) -> Capture | None:
-        """Record the step on copies of batch and seed; None if its result is not finite.
+        """Record the step on copies of batch and seed; None if its gradients are not finite.
 
         Raises:
             RuntimeError: the step cannot be captured, or its replay computes something else.
         """
         static = Batch(*(None if x is None else x.clone() for x in batch))
         static_seed = None if seed is None else seed.clone()
-        gradients = self._gradients(model)
-
-        def run() -> Any:
-            if gradients:
-                torch._foreach_zero_(gradients)
-            return self.step(model, static, scale, static_seed, *rest)
-
-        def outcome(result: Any) -> Tensor:
-            return _flat_gradient(model) if self.has_gradients else result.logits.clone()
-
         main = torch.cuda.current_stream()
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             for _ in range(WARMUP_RUNS):
-                result = run()
+                torch._foreach_zero_(gradients)
+                self.backward(model, static, scale, static_seed, *rest)
         main.wait_stream(self.stream)
-        eager = outcome(result)
+        eager = torch.cat([gradient.flatten() for gradient in gradients])
         if not bool(eager.isfinite().all()):
             return None
 
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self.captures.values()), None)
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-            result = self.step(model, static, scale, static_seed, *rest)
-        if gradients:
-            torch._foreach_zero_(gradients)
+            result = self.backward(model, static, scale, static_seed, *rest)
+        torch._foreach_zero_(gradients)
         graph.replay()
-        difference = _relative_difference(outcome(result), eager)
+        replayed = torch.cat([gradient.flatten() for gradient in gradients])
+        difference = float((replayed - eager).norm() / eager.norm())
         if not difference <= GRAPH_TOLERANCE:
-            raise RuntimeError(f"its results differ from eager ones by {difference:.1e}")
+            raise RuntimeError(f"its gradients differ from eager ones by {difference:.1e}")
         return Capture(graph, static, static_seed, result)
 
-    def _gradients(self, model: RMAAT) -> list[Tensor]:
-        """Return the gradients that the step adds to, created where there are none."""
-        parameters = [p for p in model.parameters() if p.requires_grad and self.has_gradients]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in parameters]
 
-
-class GraphedBackward(Graphed):
-    """A captured backward pass, which adds the gradients of `scale` times the loss to `.grad`.
-
-    The gradients must stay the same tensors: clear them with `zero_grad(set_to_none=False)`.
-    """
-
-    has_gradients = True
+def _gradients(model: RMAAT) -> list[Tensor]:
+    """Return the gradients that a step adds to, created where there are none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
 
 
 class BudgetedReplay:

@@ -7,7 +7,6 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -32,28 +31,18 @@ from training.gradients import StepResult, score
 from utils import hardware
 
 LENGTH_RANGES = 4  # of equal width, up to max_seq_len
-DEEPEST = 10  # ListOps; a greater mean depth counts as this one
 OPERATORS = [token for token in ListOpsTokenizer.tokens if token.startswith("[")]
-FIRST_OPERATOR = PADDING_ID + 1
-CLOSING = FIRST_OPERATOR + len(OPERATORS)
+FIRST_OPERATOR = PADDING_ID + 1  # its id
 
 
-@dataclass(frozen=True)
-class Overview:
-    """The plan of a run and its expected cost; the figures are kept in `summary.json`."""
+class Overview(NamedTuple):
+    """The plan of a run and its expected cost."""
 
     text: str  # one screen
-    tokens_per_step: int  # real ones of all processes, on average
-    mflop_per_token: float | None  # of matrix products, replay included; None: not counted
-    # Of one process, without the temporary tensors of single operations; None: not known.
-    memory_mib: int | None
-
-    def expected(self) -> dict[str, float | None]:
-        """Return the figures alone."""
-        return {
-            "tokens_per_step": self.tokens_per_step, "mflop_per_token": self.mflop_per_token,
-            "memory_mib": self.memory_mib,
-        }
+    # tokens_per_step: real ones of all processes, on average. mflop_per_token: of matrix products,
+    # replay included. memory_mib: of one process, without the temporary tensors of single
+    # operations. None: not known.
+    expected: dict[str, int | float | None]
 
 
 def look_ahead(
@@ -92,7 +81,8 @@ def look_ahead(
         + ("" if memory is None else f"{memory:,} MiB of memory at least; ")
         + f"{model.precision} on {hardware(device)}",
     ]
-    return Overview("\n".join(lines), tokens, mflop, memory)
+    expected = {"tokens_per_step": tokens, "mflop_per_token": mflop, "memory_mib": memory}
+    return Overview("\n".join(lines), expected)
 
 
 def count_flop(model: RMAAT, batch: Batch) -> float | None:
@@ -154,12 +144,10 @@ class Share(TypedDict):
 
 
 class Slices:
-    """Counts correct answers by label, by length, and for ListOps by root operator and depth.
+    """Counts correct answers by label, by length, and for ListOps by root operator.
 
     A length is the number of real tokens of all documents of an example, in quarters of
-    `max_seq_len`; images have one length and no such slice. The root is the outermost operator. The
-    depth is the number of operators around a token, averaged over the tokens and rounded: nearly
-    every expression of 500 tokens has the greatest depth somewhere.
+    `max_seq_len`; images have one length and no such slice.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -172,7 +160,6 @@ class Slices:
             ]
         if config.task.tokenizer is ListOpsTokenizer:
             self.names["root"] = [operator.removeprefix("[") for operator in OPERATORS]
-            self.names["depth"] = [str(depth) for depth in range(DEEPEST + 1)]
         self.counts = {  # (groups, 2): correct, all
             name: torch.zeros(len(groups), 2, dtype=torch.float64, device=device)
             for name, groups in self.names.items()
@@ -181,9 +168,14 @@ class Slices:
     def add(self, batch: Batch, correct: Tensor) -> None:
         """Count a batch; `correct` is (B,) bool."""
         ones = torch.stack([correct, torch.ones_like(correct)], dim=1).double()
+        groups = {  # (B,) int64
+            "label": batch.labels,
+            "length": ((batch.tokens != PADDING_ID).sum(dim=1) - 1) // self.width,
+            "root": batch.tokens[:, 0] - FIRST_OPERATOR,
+        }
         for name, counts in self.counts.items():
-            group = getattr(self, f"_{name}")(batch)  # (B,) int64; outside of the names: no slice
-            inside = (group >= 0) & (group < len(counts))
+            group = groups[name]
+            inside = (group >= 0) & (group < len(counts))  # a lone digit has no root
             counts.index_add_(0, group.where(inside, 0), ones * inside[:, None])
 
     def shares(self, processes: Processes = ALONE) -> dict[str, dict[str, Share]]:
@@ -198,25 +190,6 @@ class Slices:
             }
             for name, counts in self.counts.items()
         }
-
-    def _label(self, batch: Batch) -> Tensor:
-        return batch.labels
-
-    def _length(self, batch: Batch) -> Tensor:
-        return ((batch.tokens != PADDING_ID).sum(dim=1) - 1) // self.width
-
-    def _root(self, batch: Batch) -> Tensor:
-        first = batch.tokens[:, 0]
-        return torch.where(first < CLOSING, first - FIRST_OPERATOR, -1)
-
-    def _depth(self, batch: Batch) -> Tensor:
-        tokens = batch.tokens
-        opens = (tokens >= FIRST_OPERATOR) & (tokens < CLOSING)
-        # An operator and its closing bracket are not inside of themselves.
-        around = (opens.long() - (tokens == CLOSING).long()).cumsum(dim=1) - opens.long()
-        real = tokens != PADDING_ID
-        mean = (around * real).sum(dim=1) / real.sum(dim=1)
-        return mean.round().long().clamp(0, DEEPEST)
 
 
 def slices_text(shares: dict[str, dict[str, Share]]) -> str:
