@@ -119,7 +119,7 @@ def print_training(
 
     if arguments.dry_run:
         for config in configs:
-            log_line(f"{config.run_dir}\n{plan(config).text}")
+            log_line(f"{config.run_dir}\n{plan(config)}")
         return
     if len(configs) > 1:
         summaries = run_sweep(configs, resume=arguments.resume)

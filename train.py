@@ -50,11 +50,10 @@ from training.acceleration import (
 )
 from training.diagnostics import (
     Metrics,
-    Overview,
     Slices,
     evaluate,
     inspect_model,
-    look_ahead,
+    overview,
     peak_memory_mib,
     reset_peak_memory,
 )
@@ -91,7 +90,7 @@ class Run:
     # Sums of loss, correct answers and real tokens since the last line of the log. They stay on
     # the device, so that a step does not wait for them.
     sums: Tensor
-    overview: Overview
+    overview: str
     upcoming: list[Batch]  # the batches of the next step
     steps: Iterator[list[Batch]]
     versions: dict[str, str]
@@ -147,7 +146,7 @@ def train(config: Config, resume: bool = False) -> Summary:
         processes.first_alone(lambda: stack.enter_context(folder))
         run = prepare(config, resume)
         run.signals = stack.enter_context(caught_signals())
-        log_line(run.overview.text)
+        log_line(run.overview)
         bar = stack.enter_context(tqdm(
             total=config.last_step, initial=run.progress.step, desc=config.run_name,
             unit=" steps", disable=None if processes.is_first else True, smoothing=0.05,
@@ -166,7 +165,7 @@ def train(config: Config, resume: bool = False) -> Summary:
         return finish(run)
 
 
-def plan(config: Config) -> Overview:
+def plan(config: Config) -> str:
     """Return the overview of a new run, without its folder, optimizer or weights to start from.
 
     Raises:
@@ -179,7 +178,7 @@ def plan(config: Config) -> Overview:
     reader, splits, stages = processes.first_alone(lambda: load_data(config))
     model, _ = prepare_model(config, reader, device, begun=None)
     batches = next(training_batches(stages, config, device, 0, processes))
-    return look_ahead(config, model, reader, splits, batches[0], processes)
+    return overview(config, model, reader, splits, batches[0], processes)
 
 
 def prepare(config: Config, resume: bool) -> Run:
@@ -209,7 +208,7 @@ def prepare(config: Config, resume: bool) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=float16),
         backward=amrb_backward if config.memory_replay_backprop else bptt_backward,
         graphed=execution.cuda_graphs, progress=Progress(), versions=software,
-        overview=None, upcoming=[], sums=torch.zeros(3, dtype=torch.float64, device=device),
+        overview="", upcoming=[], sums=torch.zeros(3, dtype=torch.float64, device=device),
         steps=iter(()),
     )
     if state is not None:
@@ -222,7 +221,7 @@ def prepare(config: Config, resume: bool) -> Run:
         run.backward = GraphedBackward(run.backward)
     if config.replay_segments != "all":
         run.backward = BudgetedReplay(run.backward, config)
-    run.overview = look_ahead(config, model, reader, splits, run.upcoming[0], processes)
+    run.overview = overview(config, model, reader, splits, run.upcoming[0], processes)
     if processes.is_first:
         begin_folder(config, anew=state is None)
         run.log = RunLog(config, keep_until=run.progress.step)
@@ -492,7 +491,7 @@ def finish(run: Run) -> Summary:
         examples={name: len(split) for name, split in run.splits.items()},
         command=" ".join(sys.argv), versions=run.versions,
         precision=str(lower or torch.float32).removeprefix("torch."),
-        expected=run.overview.expected, test_slices=slices.shares(run.processes),
+        test_slices=slices.shares(run.processes),
     )
     if run.log is not None:
         values = dataclasses.asdict(summary)

@@ -114,7 +114,6 @@ class Summary:
     # Of the test split; summaries of older versions lack the fields from here on.
     test_slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     precision: str = ""
-    expected: dict[str, float | None] = field(default_factory=dict)  # announced before training
 
 
 def save(path: Path, state: TrainedModel | dict[str, Any]) -> None:

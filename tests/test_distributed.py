@@ -131,12 +131,6 @@ def test_torchrun_follows_one_process(listops_dir, one_process, tmp_path):
     assert summary["test_accuracy"] == pytest.approx(expected["test_accuracy"])
 
 
-def test_accumulation_follows_one_process(listops_dir, one_process, tmp_path):
-    config = config_of(listops_dir, tmp_path, "run", batch_size=2, accumulate=4)
-    train(config)
-    assert_follows(tmp_path / "run", one_process)
-
-
 def test_a_signal_to_torchrun_saves_one_checkpoint(listops_dir, tmp_path):
     config = make_config({
         **TINY, "data_dir": str(listops_dir), "output_dir": str(tmp_path), "run_name": "run",

@@ -15,7 +15,7 @@ from experiments import memory
 from lra_config import load_config
 from lra_datasets import open_dataset
 from model import SegmentRecurrent, build_model
-from train import score
+from training.gradients import score
 
 
 class Carrier(SegmentRecurrent):

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 
 import pytest
-import torch
 from conftest import run_cli, tiny_batch, tiny_config, write_config
 
-from dataloader import Batch
 from model import build_model
 from train import plan
-from training.diagnostics import count_flop, flop_per_token
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_operations_per_token_are_those_of_the_entire_step(rows):
-    model = build_model(tiny_config())
-    tokens = tiny_batch(model.config, [40] * rows).tokens
-    batch = Batch(tokens, None, torch.zeros(rows, dtype=torch.long))
-    assert flop_per_token(model, batch) * tokens.numel() == pytest.approx(count_flop(model, batch))
+from training.diagnostics import count_flop
 
 
 def test_a_replay_costs_a_forward_pass_and_counting_leaves_the_model_as_it_was():
@@ -38,12 +28,11 @@ def test_a_replay_costs_a_forward_pass_and_counting_leaves_the_model_as_it_was()
 
 
 def test_backpropagation_through_time_is_expected_to_take_more_memory(listops_dir):
-    changes = {"data_dir": str(listops_dir), "dim": 64, "batch_size": 64}
-    amrb = plan(tiny_config(**changes)).expected
-    bptt = plan(tiny_config(**changes, memory_replay_backprop=False)).expected
-    assert bptt["memory_mib"] > amrb["memory_mib"] + 5
-    assert amrb["mflop_per_token"] > bptt["mflop_per_token"]
-    assert amrb["tokens_per_step"] == bptt["tokens_per_step"]
+    def memory(**changes) -> int:
+        text = plan(tiny_config(data_dir=str(listops_dir), dim=64, batch_size=64, **changes))
+        return int(re.search(r"([\d,]+) MiB", text)[1].replace(",", ""))
+
+    assert memory(memory_replay_backprop=False) > memory() + 5
 
 
 def test_a_dry_run_says_what_a_run_would_take_and_makes_no_folder(tmp_path, listops_dir):
@@ -56,13 +45,3 @@ def test_a_dry_run_says_what_a_run_would_take_and_makes_no_folder(tmp_path, list
     parameters = sum(p.numel() for p in build_model(tiny_config()).parameters())
     assert sum(f"parameters {parameters:,};" in line for line in lines) == 2
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_summary_keeps_what_was_expected(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    result = run_cli("--config", path, cwd=tmp_path, check=True)
-    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
-    expected = summary["expected"]
-    assert expected["mflop_per_token"] > 0
-    assert f"about {expected['tokens_per_step']:,} real tokens" in result.stdout
-    assert f"| test | {100 * summary['test_accuracy']:.2f} | 20 |" in result.stdout

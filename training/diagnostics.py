@@ -1,4 +1,4 @@
-"""Overview of a run, accuracy by slice, internals of the model, and peak memory."""
+"""The plan of a run, accuracy by slice, internals of the model, and peak memory."""
 
 from __future__ import annotations
 
@@ -35,23 +35,14 @@ OPERATORS = [token for token in ListOpsTokenizer.tokens if token.startswith("[")
 FIRST_OPERATOR = PADDING_ID + 1  # its id
 
 
-class Overview(NamedTuple):
-    """The plan of a run and its expected cost."""
-
-    text: str  # one screen
-    # tokens_per_step: real ones of all processes, on average. mflop_per_token: of matrix products,
-    # replay included. memory_mib: of one process, without the temporary tensors of single
-    # operations. None: not known.
-    expected: dict[str, int | float | None]
-
-
-def look_ahead(
+def overview(
     config: Config, model: RMAAT, reader: Reader, splits: Mapping[str, PackedSplit], batch: Batch,
     processes: Processes,
-) -> Overview:
-    """Return the overview of a run from its model and its data.
+) -> str:
+    """Return the plan of a run on one screen: data, model, a step's tokens and memory, epochs.
 
-    Runs one segment of `batch` forwards, and two of its sequences forwards and backwards.
+    Runs one segment of `batch` forwards. The memory is that of one process, without the temporary
+    tensors of single operations.
     """
     device, train = model.memory.device, splits["train"]
     parameters = sum(p.numel() for p in model.parameters())
@@ -61,28 +52,19 @@ def look_ahead(
     if config.memory_replay_backprop:
         replayed = config.replay_segments
         kept = kept - replayed if isinstance(replayed, int) else 1
-    held = held_memory_mib(device)
-    optimizer_bytes = 3 * 4 * parameters  # gradients and two moments in float32
-    needed = held + (optimizer_bytes + kept * activation_bytes(model, batch)) / 2**20
-    memory = None if math.isnan(needed) else round(needed)
-    flop = flop_per_token(model, batch)
-    mflop = None if flop is None else round(flop / 1e6, 3)
-
-    method = "AMRB" if config.memory_replay_backprop else "BPTT"
-    lines = [
+    needed = 3 * 4 * parameters + kept * activation_bytes(model, batch)  # gradients, two moments
+    memory = peak_memory_mib(device) + needed / 2**20
+    return "\n".join([
         f"{config.dataset} ({reader.origin()}): "
         + ", ".join(f"{name} {len(split):,}" for name, split in splits.items()),
         f"{config.attention_type}, layers {config.num_layers}, width {config.dim}, parameters "
         f"{parameters:,}; segments {config.num_segments} of {config.segment_len} tokens, memory "
         f"tokens {config.num_memory_tokens}",
-        f"a step: {sequences} sequences, about {tokens:,} real tokens, {method}"
-        + ("" if mflop is None else f", {mflop:.2f} MFLOP a token"),
+        f"a step: {sequences} sequences, about {tokens:,} real tokens, "
+        + ("AMRB" if config.memory_replay_backprop else "BPTT"),
         f"{config.last_step:,} steps, {config.last_step * sequences / len(train):.2f} epochs; "
-        + ("" if memory is None else f"{memory:,} MiB of memory at least; ")
-        + f"{model.precision} on {hardware(device)}",
-    ]
-    expected = {"tokens_per_step": tokens, "mflop_per_token": mflop, "memory_mib": memory}
-    return Overview("\n".join(lines), expected)
+        f"{memory:,.0f} MiB of memory at least; {model.precision} on {hardware(device)}",
+    ])
 
 
 def count_flop(model: RMAAT, batch: Batch) -> float | None:
@@ -103,21 +85,6 @@ def count_flop(model: RMAAT, batch: Batch) -> float | None:
         T, replayed = config.segments_per_sequence, config.replay_segments
         flop += forward * (replayed if isinstance(replayed, int) else T - 1) / T
     return flop
-
-
-def flop_per_token(model: RMAAT, batch: Batch) -> float | None:
-    """Return `count_flop` of a step per token, padding included, from two sequences of it.
-
-    The position terms do not grow with the sequences, and are shared by all of them.
-    """
-    counts = [
-        count_flop(model, Batch(*(None if x is None else x[:rows] for x in batch)))
-        for rows in (1, 2)
-    ]
-    if None in counts:
-        return None
-    sequence, B = counts[1] - counts[0], len(batch.labels)  # a single one gives 0
-    return (counts[0] + (B - 1) * sequence) / batch.tokens.numel()
 
 
 def check_finite(model: RMAAT, failed: int, what: str) -> None:
