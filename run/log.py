@@ -29,13 +29,14 @@ class RunLog:
     def __init__(self, config: Config, *, keep_until: int) -> None:
         """Open the log and drop the rows after step `keep_until` of the run that is resumed."""
         self._path = config.run_dir / "metrics.jsonl"
+        history = []
         if self._path.exists():
             history = [row for row in read_metrics(config.run_dir) if row["step"] <= keep_until]
             with atomic_write(self._path, "w") as handle:
                 handle.writelines(json.dumps(row) + "\n" for row in history)
         self._wandb: Any = None
         if config.wandb:
-            self._attempt(lambda: self._start_wandb(config))
+            self._attempt(lambda: self._start_wandb(config, history))
 
     def write(self, step: int, **values: Any) -> None:
         """Append one row; a value that is not finite becomes null, as JSON has no NaN."""
@@ -50,8 +51,11 @@ class RunLog:
         if self._wandb is not None:
             self._attempt(lambda: (self._wandb.summary.update(summary), self._wandb.finish()))
 
-    def _start_wandb(self, config: Config) -> None:
-        """Start a W&B run; a resumed run continues that of `wandb_id` in its folder."""
+    def _start_wandb(self, config: Config, history: list[dict[str, Any]]) -> None:
+        """Start a W&B run; a resumed run continues that of `wandb_id` in its folder.
+
+        Offline, a resumed run has a new folder of W&B, which receives the `history` first.
+        """
         import wandb
 
         # In setup, not in init: the login comes before init reads its own settings.
@@ -67,6 +71,11 @@ class RunLog:
         )
         with atomic_write(id_file, "w") as handle:
             handle.write(self._wandb.id)
+        if history and self._wandb.offline:
+            for row in history:
+                self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            folder = Path(self._wandb.dir).parent
+            log_line(f"wandb: {folder} holds the full history; sync this folder alone")
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:

@@ -117,6 +117,22 @@ def test_wandb_offline_leaves_a_run_to_be_sent_later(tmp_path, listops_dir):
         assert key in content, key
 
 
+def test_a_resumed_offline_wandb_run_receives_the_history(tmp_path, listops_dir, monkeypatch):
+    wandb = MagicMock()
+    wandb.init.return_value.id, wandb.init.return_value.dir = "id", "wandb/offline-run-2/files"
+    wandb.init.return_value.offline = True
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    path = write_config(tmp_path, listops_dir, wandb=True, stop_after_steps=4)
+    run_cli("--config", path, cwd=tmp_path, check=True)
+    wandb.init.return_value.log.reset_mock()
+    result = run_cli(
+        "--config", path, "--resume", "stop_after_steps=6", cwd=tmp_path, check=True
+    )
+    steps = [call.kwargs["step"] for call in wandb.init.return_value.log.call_args_list]
+    assert steps[:3] == [2, 4, 4] and steps[-1] == 6
+    assert "wandb/offline-run-2 holds the full history; sync this folder alone" in result.stdout
+
+
 def test_an_unreachable_wandb_does_not_end_the_training(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir, wandb=True)
     # Nothing listens on the discard port: the client is left to its retries, for a short time.
