@@ -120,7 +120,7 @@ def save(path: Path, state: TrainedModel | dict[str, Any]) -> None:
     """Replace the checkpoint at `path`.
 
     Raises:
-        CheckpointError: it could not be written; the former one is unchanged.
+        CheckpointError: it could not be written; a previous one is kept.
     """
     if isinstance(state, TrainingState):
         values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
@@ -190,7 +190,7 @@ def read(path: Path, schema: type[TrainedModel] = TrainedModel) -> Any:
 
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Raise CheckpointError where what was read from `path` does not fit the model."""
+    """Raise CheckpointError if the contents of `path` do not fit the model."""
     try:
         yield
     except Exception as error:

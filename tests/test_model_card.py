@@ -1,4 +1,4 @@
-"""Weights to share: what a run's folder, `save_pretrained` and `push_to_hub` write."""
+"""Weights to share: the files of a run, of `save_pretrained` and of `push_to_hub`."""
 
 from __future__ import annotations
 

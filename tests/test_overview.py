@@ -1,4 +1,4 @@
-"""The first screen of a run: what it states is counted, and `--dry_run` does nothing else."""
+"""The first screen of a run, and `--dry_run`, which prints nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`replay_segments`: what is kept, what a step costs for it, and what happens without memory."""
+"""`replay_segments`: kept activations, their cost, and steps that run out of memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kept_bytes(model, backward, batch) -> int:
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes(), tensor  # so that its place stays its own
+        kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
