@@ -25,7 +25,7 @@ def kept_bytes(model, backward, batch) -> int:
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its address
+        kept[storage.data_ptr()] = storage.nbytes(), tensor  # holds its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
