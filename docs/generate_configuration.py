@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import ast
-import io
+import inspect
+import json
+import re
 import sys
-import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from pydantic import BaseModel
 from data.tasks import TASKS
 from lra_config import RENAMED, RETIRED, Config
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = """\
 # Configuration
 
@@ -42,70 +41,51 @@ This page is generated from [lra_config.py](../lra_config.py):
 """
 
 
-def comments(source: str) -> dict[int, str]:
-    """Return the comment of each line: the one behind it, or else the lines above it."""
-    found, above, code = {}, [], set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        line, text = token.start[0], token.string.lstrip("# ").rstrip()
-        if token.type == tokenize.COMMENT and line in code:
-            found[line] = text
-        elif token.type == tokenize.COMMENT:
-            above.append(text)
-        elif token.type == tokenize.NAME and line not in code:
-            code.add(line)
-            if above:
-                found[line] = " ".join(above)
+def comments(group: type[BaseModel]) -> dict[str, str]:
+    """Return the comment of each key of a group: the one behind it, or else the lines above it."""
+    found, above = {}, []
+    for line in inspect.getsource(group).splitlines():
+        if line.startswith("    # "):
+            above.append(line.removeprefix("    # "))
+        elif key := re.match(r"    (\w+): [^#]*(?:# (.*))?$", line):
+            found[key[1]] = key[2] or " ".join(above)
             above = []
     return found
-
-
-def described(group: type[BaseModel], tree: ast.Module, notes: dict[int, str]) -> dict[str, str]:
-    """Return the comment of each key of a group, in the order of the source."""
-    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
-    keys = [node for node in classes[group.__name__] if isinstance(node, ast.AnnAssign)]
-    return {key.target.id: notes.get(key.end_lineno) or notes.get(key.lineno, "") for key in keys}
 
 
 def values_text(schema: dict[str, Any]) -> str:
     """Return the allowed values of a JSON schema in words."""
     if "anyOf" in schema:
-        parts = [values_text(part) for part in schema["anyOf"]]
-        return ", ".join(part for part in parts if part)
+        return ", ".join(text for text in map(values_text, schema["anyOf"]) if text)
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     kind = schema.get("type")
     if kind == "array":
         return f"list of {values_text(schema['items'])}s"
     words = {"boolean": "`true`, `false`", "string": "text", "null": "`null`",
-             "object": "a mapping", "integer": "integer", "number": "number"}
-    text = words.get(kind, "")
-    for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("exclusiveMaximum", "<")):
-        if schema.get(name, -1) >= 0:
-            text += f"{' and' if '≥' in text else ''} {sign} {schema[name]:g}"
-    return text
+             "object": "a mapping"}
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+    bounds = [f"{signs[k]} {schema[k]:g}" for k in signs if schema.get(k, -1) >= 0]
+    return " ".join([words.get(kind, kind or ""), " and ".join(bounds)]).strip()
 
 
 def default_text(key: str) -> str:
+    """Return the default of a key, as a configuration file writes it."""
     field = Config.model_fields[key]
     if field.is_required():
         return "required" if key == "dataset" else "`null`"
-    names = {None: "null", True: "true", False: "false"}
-    value = field.default
-    return f"`{names[value] if value is None or isinstance(value, bool) else value}`"
+    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
 
 
 def page() -> str:
     """Return the page."""
-    source = (ROOT / "lra_config.py").read_text(encoding="utf-8")
-    tree, notes = ast.parse(source), comments(source)
-    schema = Config.model_json_schema()
-    adjustable = Config.keys("may_change")
+    schema, adjustable = Config.model_json_schema(), Config.keys("may_change")
     lines = [HEADER]
     for group in Config.groups:
         title = group.__name__.removesuffix("Keys")
         lines += [f"## {title}", "", " ".join(group.__doc__.split()), "",
                   "| key | values | default | meaning |", "|---|---|---|---|"]
-        for key, comment in described(group, tree, notes).items():
+        for key, comment in comments(group).items():
             values = values_text(schema["properties"][key])
             if key == "dataset":
                 values = ", ".join(f"`{name}`" for name in TASKS)
