@@ -2,14 +2,11 @@
 
     python plots.py all                  redraw every figure of results/figures
     python plots.py curves RUN...        training loss and validation accuracy over the steps
-    python plots.py segments RUN...      test accuracy over the number of segments
-    python plots.py retention RUN...     the retention factors of the runs
     python plots.py attention RUN TEXT   the weights with which positions read each other
     python plots.py memory FILE...       peak memory over step time, from `benchmark.py memory`
     python plots.py astrocyte            the two processes of the macro model, and its factors
 
-RUN is a folder that `run_train.py` wrote; `--out FILE` names the figure. Without a command name the
-curves of the runs are drawn.
+RUN is a folder that `run_train.py` wrote; `--out FILE` names the figure.
 """
 
 from __future__ import annotations
@@ -17,21 +14,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, Field, TypeAdapter
 
 from data.tasks import ByteTokenizer
-from lra_config import Config, Size, load_config, read_mapping
-from run.files import atomic_write, read_json, write_json
+from lra_config import Config, load_config
+from run.files import atomic_write, write_json
 from run.log import read_metrics
 from run.program import Parser, UserError, log_line, one_line, run_program
 from tables import ACCURACY, SYSTEMS, TASKS
@@ -64,14 +59,6 @@ MARKERS = ("o", "s", "^", "D", "v", "x", "*", "P")
 MOST_MARKERS = 20  # on a curve, about
 
 
-class Finished(BaseModel):
-    """The values of a `summary.json` that figures need."""
-
-    steps: Size
-    test_accuracy: Annotated[float, Field(ge=0, le=1)]
-    examples: dict[str, Size]
-
-
 def line_style(number: int) -> dict[str, Any]:
     """Return arguments of `Axes.plot` that distinguish line `number` from the others."""
     return {
@@ -94,9 +81,6 @@ def write_figure(path: str | Path, draw: Callable[[], Figure]) -> None:
         UserError: the suffix is not a format of matplotlib, or `draw` raises it.
     """
     path = Path(path)
-    # An inherited MPLBACKEND may name a package that is not installed. A notebook keeps its own.
-    if "ipykernel" not in sys.modules:
-        os.environ["MPLBACKEND"] = "agg"
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -139,57 +123,39 @@ def system_name(config: Config) -> str:
 def labeled_runs(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """Group runs that differ by their seed only, under a label for the legend.
 
-    A label is the system's name. Groups of one system add the keys that differ between them. A run
-    without a readable configuration is labeled by its path.
+    A label is the system's name. It adds the path of a run where several groups share a system. A
+    run without a readable configuration is labeled by its path.
     """
     groups: dict[str, list[Path]] = defaultdict(list)
-    values: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
     common = os.path.commonpath([folder.absolute().parent for folder in folders])
     for folder in folders:
         config = run_config(folder)
-        key = str(folder.absolute().relative_to(common))
-        if config is not None:
-            outcome = config.model_dump(include=set(Config.keys("outcome")) - {"seed"})
-            values[key := json.dumps(outcome, sort_keys=True)] = outcome
+        path = str(folder.absolute().relative_to(common))
+        outcome = config and config.model_dump(include=set(Config.keys("outcome")) - {"seed"})
+        key = json.dumps(outcome or path, sort_keys=True)
         groups[key].append(folder)
-        names[key] = key if config is None else system_name(config)
+        names.setdefault(key, system_name(config) if config else path)
+    shared = list(names.values())
     labels = {}
     for key, runs in groups.items():
-        same = [values[other] for other in values if names[other] == names[key]]
-        differing = [k for k in values.get(key, ()) if any(v[k] != same[0][k] for v in same)]
-        shown = [f"{k}={json.dumps(values[key][k])}".replace('"', "") for k in differing[:3]]
-        label = ", ".join([names[key], *shown])
-        labels[label if label not in labels else str(runs[0])] = runs
+        path = str(runs[0].absolute().relative_to(common))
+        label = names[key] if shared.count(names[key]) == 1 else f"{names[key]}, {path}"
+        labels[label] = runs
     return labels
 
 
 def mean_and_range(
     runs: Sequence[Sequence[dict[str, Any]]], key: str, scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return steps that all runs have reached, and the mean, least and largest value there.
-
-    Runs that logged at other steps than the first one are interpolated.
-    """
+    """Return the steps that all runs have logged, and the mean, least and largest value there."""
     series = [
-        np.array([(r["step"], scale * r[key]) for r in rows if r.get(key) is not None], float)
-        .reshape(-1, 2).T for rows in runs
+        {row["step"]: scale * row[key] for row in rows if row.get(key) is not None}
+        for rows in runs
     ]
-    steps = series[0][0]
-    for own, _ in series:
-        steps = steps[(steps >= own.min(initial=np.inf)) & (steps <= own.max(initial=-np.inf))]
-    values = np.array([np.interp(steps, *own) if len(steps) else steps for own in series])
-    return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
-
-
-def draw_reference_lines(axes: Axes, config: Config) -> None:
-    """Draw the accuracy of chance and the paper's RMAAT on a task, as gray lines."""
-    lines = [("chance", 100 / config.task.num_classes, ":")]
-    for name in TASKS:
-        if read_mapping(ROOT / "configs" / f"{name}.yaml")["dataset"] == config.dataset:
-            lines.append(("RMAAT, paper (test)", ACCURACY["rmaat"][name], "--"))
-    for label, accuracy, dash in lines:
-        axes.axhline(accuracy, color="0.45", linestyle=dash, linewidth=1, label=label, zorder=1)
+    steps = sorted(set.intersection(*map(set, series)))
+    values = np.array([[own[step] for step in steps] for own in series])
+    return np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
 def draw_curves(axes: Axes, labels: dict[str, list[Path]], key: str, scale: float) -> None:
@@ -227,7 +193,8 @@ def curves_figure(folders: Sequence[Path]) -> Figure:
     draw_curves(accuracy_axes, labels, "val_accuracy", 100)
     configs = [config for folder in folders if (config := run_config(folder)) is not None]
     if len({config.dataset for config in configs}) == 1:
-        draw_reference_lines(accuracy_axes, configs[0])
+        chance = 100 / configs[0].task.num_classes
+        accuracy_axes.axhline(chance, color="0.45", linestyle=":", linewidth=1, label="chance")
     loss_axes.set(xlabel="step", ylabel="training loss (nats)")
     accuracy_axes.set(xlabel="step", ylabel="validation accuracy (%)")
     # Outside the axes, as curves may fill every corner.
@@ -237,80 +204,25 @@ def curves_figure(folders: Sequence[Path]) -> Figure:
     return figure
 
 
-def finished_run(folder: Path) -> tuple[Config, Finished]:
-    """Read the configuration and the summary of a run.
-
-    Raises:
-        UserError: it has not ended, or its summary is damaged.
-    """
-    path = folder / "summary.json"
-    try:
-        config = load_config(folder / "config.yaml", quiet=True)
-        return config, read_json(path, TypeAdapter(Finished))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; name the folder of a finished run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; name the folder of a finished run") from None
-
-
-def segments_figure(folders: Sequence[Path]) -> Figure:
-    """Draw test accuracy over T with its standard error: a point per T, the mean over its runs.
-
-    A line holds the runs of one task, system and number of steps.
-
-    Raises:
-        UserError: a run is not finished.
-    """
-    lines: dict[str, dict[int, list[Finished]]] = defaultdict(lambda: defaultdict(list))
-    for folder in folders:
-        config, summary = finished_run(folder)
-        label = f"{system_name(config)}, {config.dataset}, {summary.steps:,} steps"
-        lines[label][config.num_segments].append(summary)
-    figure = new_figure(5.2, 3.6)
-    axes = figure.subplots()
-    for number, (label, points) in enumerate(lines.items()):
-        segments = sorted(points)
-        means, errors = zip(*(mean_accuracy(points[T]) for T in segments), strict=True)
-        axes.errorbar(segments, means, errors, label=label, **line_style(number))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts := sorted({T for points in lines.values() for T in points}), counts)
-    axes.set(xlabel="segments T", ylabel="test accuracy (%), standard error")
-    axes.legend()
-    return figure
-
-
-def mean_accuracy(summaries: Sequence[Finished]) -> tuple[float, float]:
-    """Return the mean test accuracy of repeated runs in %, and its standard error.
-
-    The error is that of the test examples. All seeds are tested on the same examples, so more seeds
-    do not reduce it.
-    """
-    mean = statistics.mean(summary.test_accuracy for summary in summaries)
-    examples = min(summary.examples["test"] for summary in summaries)
-    return 100 * mean, 100 * math.sqrt(mean * (1 - mean) / examples)
-
-
 def accuracy_figure(runs: dict[str, dict[str, list[Path]]]) -> Figure:
     """Draw test accuracy per task and system next to the paper's, with bars over the seeds.
 
     Args:
         runs: by task and system, the folders of its seeds; as named in `tables`.
-    Raises:
-        UserError: a run is not finished.
     """
     figure = new_figure(11, 3.4)
     for axes, (task, systems) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
         for number, (system, folders) in enumerate(systems.items()):
-            finished = [finished_run(folder) for folder in folders]
-            values = [100 * summary.test_accuracy for _, summary in finished]
+            summaries = [json.loads((x / "summary.json").read_text()) for x in folders]
+            values = [100 * summary["test_accuracy"] for summary in summaries]
             mean = statistics.mean(values)
             below, above = [mean - min(values)], [max(values) - mean]
             style = line_style(number) | {"linestyle": "none"}
             axes.errorbar([number], [mean], (below, above), **style)
             if (figure_of_paper := ACCURACY.get(system, {}).get(task)) is not None:
                 axes.plot([number - 0.35, number + 0.35], 2 * [figure_of_paper], color="0.45")
-        classes = finished[0][0].task.num_classes
-        axes.axhline(100 / classes, color="0.45", linestyle=":", linewidth=1)
+        config = load_config(folders[0] / "config.yaml", quiet=True)
+        axes.axhline(100 / config.task.num_classes, color="0.45", linestyle=":", linewidth=1)
         axes.set_xticks(range(len(systems)), [SYSTEMS[name] for name in systems], rotation=90)
         axes.set(title=TASKS[task], xlim=(-0.6, len(systems) - 0.4))
         axes.grid(axis="x", visible=False)
@@ -322,29 +234,11 @@ def accuracy_figure(runs: dict[str, dict[str, list[Path]]]) -> Figure:
     return figure
 
 
-def retention_figure(folders: Sequence[Path]) -> Figure:
-    """Draw RetentionFactor(t, T) of the memory that leaves each segment, a line per T."""
-    from astrocyte import retention_factors
-
-    configs = [load_config(folder / "config.yaml", quiet=True) for folder in folders]
-    figure = new_figure(5.2, 3.6)
-    axes = figure.subplots()
-    # Paired documents are encoded apart, each in its share of the segments.
-    counts = sorted({(c.segments_per_sequence, c.astro_mem) for c in configs})
-    for number, (T, astro_mem) in enumerate(counts):
-        factors = retention_factors(T).tolist() if astro_mem else [1.0] * T
-        label = f"T = {T}" if astro_mem else f"T = {T}, astro_mem: false"
-        axes.plot(range(1, T + 1), factors, label=label, **line_style(number))
-    axes.set(xlabel="segment t", ylabel="RetentionFactor(t, T)", ylim=(0, None))
-    axes.legend()
-    return figure
-
-
-def draw_attention(folder: Path, text: str, index: int = 0) -> Figure:
+def draw_attention(folder: Path, text: str) -> Figure:
     """Draw the attention of a finished run on a ListOps expression or a text.
 
     Raises:
-        UserError: the run has no weights, the task has no texts, or there is no such segment.
+        UserError: the run has no weights, the task has no texts, or the text cannot be read.
     """
     from model import RMAAT
 
@@ -357,7 +251,7 @@ def draw_attention(folder: Path, text: str, index: int = 0) -> Figure:
     tokenizer = task.tokenizer(model.vocabulary) if model.vocabulary else task.tokenizer()
     try:
         document = tokenizer.encode(text.encode() if task.tokenizer is ByteTokenizer else text)
-        return attention_figure(model, document, index)
+        return attention_figure(model, document)
     except ValueError as error:
         raise UserError(f"TEXT {text!r}: {error}") from None
 
@@ -472,20 +366,13 @@ def astrocyte_figure() -> Figure:
 def committed_figures(root: Path = ROOT) -> Iterator[tuple[str, list[Path], Callable[[], Figure]]]:
     """Yield the name of each figure of `results/figures`, its input files and how to draw it."""
     results = root / "results"
-    listops, ablations = results / "listops/rmaat", results / "reproduce/ablations/short/listops"
+    listops = results / "listops/rmaat"
     weights = [listops / "model.safetensors", listops / "config.json"]
     expression = "[MAX 2 9 [MIN 4 7 ] 0 ]"
     yield "attention.png", weights, lambda: draw_attention(listops, expression)
     yield "astrocyte.png", [], astrocyte_figure
     memory = [results / "benchmark/memory_cpu.json"]
     yield "memory.png", memory, lambda: memory_figure(memory)
-    retention = [listops, results / "image/rmaat", results / "listops/rmaat_2_segments"]
-    configs = [folder / "config.yaml" for folder in retention]
-    yield "retention.png", configs, lambda: retention_figure(retention)
-    counts = sorted(ablations.glob("segments_*/seed0"))
-    counts += sorted((results / "reproduce").glob("a*/short/listops/rmaat/seed*"))
-    files = [folder / name for folder in counts for name in ("config.yaml", "summary.json")]
-    yield "segments.png", files, lambda: segments_figure(counts)
     runs = {
         task: {system: sorted((results / task / "equal" / system).glob("seed*"))
                for system in reversed(SYSTEMS)}
@@ -523,38 +410,33 @@ def stale_figures(root: Path = ROOT) -> list[str]:
     ]
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; a run in the place of a command name stands for `curves`."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = Parser(
         prog="plots.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = parser.add_subparsers(required=True, metavar="{all,curves,segments,...}", dest="kind")
+    kinds = parser.add_subparsers(required=True, dest="kind")
     kinds.add_parser("all")
-    for name, figure in (
-        ("curves", curves_figure), ("segments", segments_figure), ("retention", retention_figure),
-        ("memory", memory_figure),
+    for name, metavar, figure in (
+        ("curves", "RUN", curves_figure), ("memory", "FILE", memory_figure),
     ):
         kind = kinds.add_parser(name)
-        metavar = "FILE" if name == "memory" else "RUN"
         kind.add_argument("files", nargs="+", type=Path, metavar=metavar)
         kind.set_defaults(draw=lambda arguments, figure=figure: figure(arguments.files))
     kind = kinds.add_parser("attention")
     kind.add_argument("run", type=Path, metavar="RUN", help="holds model.safetensors")
     kind.add_argument("text", metavar="TEXT", help="a ListOps expression or a text")
-    kind.add_argument("--segment", type=int, default=0, help="from 0")
-    kind.set_defaults(draw=lambda a: draw_attention(a.run, a.text, a.segment))
+    kind.set_defaults(draw=lambda arguments: draw_attention(arguments.run, arguments.text))
     kind = kinds.add_parser("astrocyte")
     kind.set_defaults(draw=lambda arguments: astrocyte_figure())
     for name, kind in kinds.choices.items():
         kind.add_argument("--out", type=Path, default=Path(f"{name}.png"), metavar="FIGURE")
-    if words and words[0] not in {*kinds.choices, "-h", "--help"}:
-        words = ["curves", *words]
-    return parser.parse_args(words)
+    return parser.parse_args()
 
 
 def command() -> None:
     """Draw what the command line asks for."""
-    arguments = parse_arguments(sys.argv[1:])
+    arguments = parse_arguments()
     if arguments.kind == "all":
         draw_all()
     else:

@@ -5,12 +5,11 @@
     python reproduce.py readouts --tasks listops     RMAAT with read-outs that need the memory
     python reproduce.py verify --set data_dir=DIR    evaluate the weights below results/
 
-A cell of a table is a run of `run_train.py` below `runs/reproduce/`. Its summary, resolved
-configuration, metrics and curves are kept in
-`results/reproduce/<table>/<budget>/<task>/<system>/seed<k>/`. A run that a folder below `results/`
-holds is not trained again: runs are recognized by their configuration. An interrupted run continues
-from its checkpoint. A failed cell is reported and left empty. A cell is marked "(other code)" if a
-file of the model changed after its commit, and "(unknown code)" if git does not know.
+A cell of a table is a training run below `runs/reproduce/`. Its summary, configuration, metrics and
+curves are kept in `results/reproduce/<table>/<budget>/<task>/<system>/seed<k>/`. A cell that exists
+there is not trained again. An interrupted cell continues from its checkpoint. A failed cell is
+reported and left empty. A cell is marked "(other code)" if a file of the model changed since its
+commit, and "(unknown code)" if git does not know.
 
 `benchmark.py` measures memory and throughput.
 """
@@ -20,10 +19,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,22 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lra_config import (
-    Attention,
-    Config,
-    ConfigError,
-    dump_config,
-    load_config,
-    read_mapping,
-    single_values,
-)
-from run.files import atomic_write, write_json
-from run.program import Parser, UserError, caught_signals, print_result, run_program
+from lra_config import Config, load_config, read_mapping, single_values
+from run.files import write_json
+from run.program import Parser, UserError, end_by_exception, print_result, run_program
 from tables import ABLATIONS, ACCURACY, SYSTEMS, TASKS, markdown, number
 
 ROOT = Path(__file__).parent
 RESULTS, RUNS = Path("results"), Path("runs")
-MODEL_FILES = ("model.py", "readout.py", "attention", "astrocyte.py", "train.py")
+MODEL_FILES = (
+    "model.py", "recurrence.py", "readout.py", "attention", "astrocyte.py", "train.py",
+    "training/gradients.py",
+)
 TOLERANCE = 0.1  # points of accuracy between a reported and a measured figure
 
 # Over the task's file and the system's; the same number of steps for all systems.
@@ -82,7 +74,7 @@ def ablations(task: str) -> Variants:
         "no_p": ("without P", {"presynaptic_normalize": False}),
         "rlt_amrb": ("RLT with AMRB", {**rlt, "memory_replay_backprop": True}),
     }
-    for alpha in (0.15, 0.25, 0.4, 1.0):
+    for alpha in (0.15, 0.4, 1.0):
         rows[f"alpha_{alpha:g}"] = (f"alpha = {alpha:g}", {"presynaptic_alpha": alpha})
     for M in (0, 1, 4, 16):
         rows[f"memory_{M}"] = (f"{M} memory tokens", {"num_memory_tokens": M})
@@ -161,70 +153,15 @@ class Cell:
             for key, value in values.items()
         ]
 
-    def command(self, machine: Sequence[str]) -> list[str]:
-        """Return arguments for Python, with paths relative to the current folder."""
-        return [
-            os.path.relpath(ROOT / "run_train.py"), "--config", os.path.relpath(self.task_file),
-            *self.overrides(machine),
-        ]
+    def command(self, machine: Sequence[str]) -> str:
+        """Return the command that trains the cell, for the root of the repository."""
+        file = self.task_file.relative_to(ROOT)
+        arguments = ["run_train.py", "--config", str(file), *self.overrides(machine)]
+        return shlex.join(["python", *arguments])
 
-    def config(self) -> Config:
+    def config(self, machine: Sequence[str] = ()) -> Config:
         """Return the validated configuration."""
-        return load_config(self.task_file, self.overrides())
-
-
-def outcome_key(config: Config) -> str:
-    """Return the values that decide a run's outcome; equal for repetitions of one run."""
-    keys = set(Config.keys("outcome"))
-    if config.attention_type != "astro":  # terms that other attention types do not read
-        keys -= {key for key in Attention.model_fields if not key.startswith(("nystrom", "num_"))}
-        keys |= {"attention_type"}
-    values = config.model_dump(include=keys)
-    return json.dumps({**values, "last_step": config.last_step}, sort_keys=True)
-
-
-def finished_runs() -> dict[str, Path]:
-    """Return the folders of all finished runs below `results/`, by `outcome_key`."""
-    runs: dict[str, Path] = {}
-    # A cell that was trained again with --force comes before an equal run elsewhere.
-    found = RESULTS.rglob("summary.json")
-    for path in sorted(found, key=lambda path: ("reproduce" not in path.parts, path)):
-        try:
-            config = load_config(path.with_name("config.yaml"), quiet=True)
-        except ConfigError:
-            continue  # written by a version with other keys, so that it cannot be compared
-        runs.setdefault(outcome_key(config), path.parent)
-    return runs
-
-
-def run_logged(arguments: Sequence[str], log: Path) -> str | None:
-    """Run Python with its output in `log`; forward signals, so that it can save and end.
-
-    Returns:
-        None, or in one line why it failed.
-    Raises:
-        UserError: a signal arrived.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as handle:
-        # In a session of its own: a terminal's signal would reach it in addition to the forwarded
-        # one, and a second one ends it without a checkpoint.
-        child = subprocess.Popen(
-            [sys.executable, *arguments], stdout=handle, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        with caught_signals(child.send_signal) as received:
-            status = child.wait()
-    if received:
-        name = signal.Signals(received[0]).name
-        raise UserError(
-            f"{name}; the same command goes on from here", exit_status=128 + received[0]
-        )
-    if status == 0:
-        return None
-    lines = log.read_text(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    return f"exit status {status}, {last} (log: {log})"
+        return load_config(self.task_file, self.overrides(machine))
 
 
 def store(cell: Cell, machine: Sequence[str]) -> None:
@@ -232,76 +169,72 @@ def store(cell: Cell, machine: Sequence[str]) -> None:
     run_dir, folder = RUNS / cell.folder, RESULTS / cell.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    shutil.copyfile(run_dir / "metrics.jsonl", folder / "metrics.jsonl")
-    if (run_dir / "curves.png").exists():
-        shutil.copyfile(run_dir / "curves.png", folder / "curves.png")
-    # A resumed run keeps the file of its start, which may have ended earlier.
-    with atomic_write(folder / "config.yaml", "w") as handle:
-        handle.write(dump_config(load_config(run_dir / "config.yaml", ["stop_after_steps=null"])))
+    for name in ("config.yaml", "metrics.jsonl", "curves.png"):
+        if (run_dir / name).exists():
+            shutil.copyfile(run_dir / name, folder / name)
     summary = json.loads((run_dir / "summary.json").read_text())
-    # As a user would type it: the run itself may have been resumed.
-    command = shlex.join(["python", *cell.command(machine)])
-    write_json(folder / "summary.json", {**summary, "command": command})
+    write_json(folder / "summary.json", {**summary, "command": cell.command(machine)})
 
 
-def run_cells(
-    cells: Iterable[Cell], machine: Sequence[str], *, dry_run: bool = False, force: bool = False
-) -> int:
-    """Train the cells that are not in the results, or all with `force`; return how many failed."""
-    done, failed = {} if force else finished_runs(), 0
+def run_cells(cells: Iterable[Cell], machine: Sequence[str], *, force: bool = False) -> int:
+    """Train the cells that are not in the results, or all with `force`; return how many failed.
+
+    Raises:
+        UserError: a signal arrived; the run has saved a checkpoint.
+    """
+    from train import train
+    from training.acceleration import reported_out_of_memory
+
+    failed = 0
     for cell in cells:
+        if is_finished(cell) and not force:
+            continue
+        print_result(f"training {cell.folder}")
+        run_dir = RUNS / cell.folder
+        if force and (run_dir / "summary.json").exists():
+            shutil.rmtree(run_dir)  # an unfinished run is continued
         try:
-            key, command = outcome_key(cell.config()), cell.command(machine)
-            run_dir = RUNS / cell.folder
-            if key in done:
-                continue
-            done[key] = RESULTS / cell.folder  # tried once, whether or not it succeeds
-            if dry_run:
-                print_result(shlex.join(["python", *command]))
-                continue
-            if force and (run_dir / "summary.json").exists():
-                shutil.rmtree(run_dir)  # an unfinished run is continued
-            print_result(f"training {cell.folder}")
-            error = run_logged([*command, "--resume"], run_dir.with_suffix(".log"))
-            if error is None:
-                store(cell, machine)
-        except (ConfigError, OSError) as mistake:
-            error = str(mistake)
-        if error is not None:
+            with reported_out_of_memory():
+                train(cell.config(machine), resume=True)
+            store(cell, machine)
+        except (UserError, OSError) as error:
+            status = getattr(error, "exit_status", 2)
+            if status > 128:
+                raise UserError(
+                    "interrupted, checkpoint saved; the same command goes on from here",
+                    exit_status=status,
+                ) from None
             failed += 1
             print(f"failed {cell.folder}: {error}", file=sys.stderr, flush=True)
     return failed
+
+
+def is_finished(cell: Cell) -> bool:
+    """Return whether the results hold the cell."""
+    return (RESULTS / cell.folder / "summary.json").exists()
 
 
 @functools.cache
 def code_mark(commit: str) -> str:
     """Return how a result of `commit` is marked: "", " (other code)" or " (unknown code)".
 
-    Other code means that a file of the model changed after that commit.
+    Other code means that a file of the model has changed since that commit.
     """
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-
+    question = ["git", "diff", "--quiet", commit, "--", *MODEL_FILES]
     try:
-        last = git("log", "-1", "--format=%H", "--", *MODEL_FILES).stdout.strip()
-        status = git("merge-base", "--is-ancestor", last, commit).returncode if last else 128
+        status = subprocess.run(question, cwd=ROOT, capture_output=True).returncode
     except OSError:  # no git
         status = 128
     return {0: "", 1: " (other code)"}.get(status, " (unknown code)")
 
 
 def collect(cells: Iterable[Cell]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Return the summaries of the results that belong to the cells, by (task, system)."""
-    done = finished_runs()
+    """Return the summaries that the results hold of the cells, by (task, system)."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
         summaries = found.setdefault((cell.task, cell.system), [])
-        try:
-            folder = done.get(outcome_key(cell.config()))
-        except ConfigError:
-            continue  # reported when it was to be trained
-        if folder is not None:
-            summaries.append(json.loads((folder / "summary.json").read_text()))
+        if is_finished(cell):
+            summaries.append(json.loads((RESULTS / cell.folder / "summary.json").read_text()))
     return found
 
 
@@ -325,19 +258,15 @@ def table_of(
     """Return accuracy per task and row next to the paper's, with the change from RMAAT's row."""
     rows = []
     for (task, name), summaries in found.items():
-        ours, theirs = mean_accuracy(summaries), published.get(name, {}).get(task)
-        base = mean_accuracy(found.get((task, "rmaat"), ()))
-
-        def change(reference: float | None, ours: float | None = ours) -> str:
-            return number(None if None in (ours, reference) else ours - reference, "+.1f")
-
+        ours, base = mean_accuracy(summaries), mean_accuracy(found.get((task, "rmaat"), ()))
+        change = None if None in (ours, base) else ours - base
         steps = sorted({summary["steps"] for summary in summaries})
         rows.append([
-            TASKS[task], labels[name], accuracy_text(summaries), number(theirs), change(theirs),
-            change(base), f"{len(summaries) or ''}", ", ".join(f"{n:,}" for n in steps),
+            TASKS[task], labels[name], accuracy_text(summaries),
+            number(published.get(name, {}).get(task)), number(change, "+.1f"),
+            f"{len(summaries) or ''}", ", ".join(f"{n:,}" for n in steps),
         ])
-    header = ["task", "system", "ours, %", "paper, %", "ours - paper", "ours - our RMAAT", "seeds",
-              "steps"]
+    header = ["task", "system", "ours, %", "paper, %", "ours - our RMAAT", "seeds", "steps"]
     return markdown(header, rows)
 
 
@@ -411,23 +340,26 @@ def reproduce(arguments: argparse.Namespace) -> int:
         Cell(arguments.table, arguments.budget, task, system, seed)
         for task in arguments.tasks for system in arguments.systems for seed in arguments.seeds
     ]
+    if arguments.dry_run:
+        for cell in cells:
+            if not is_finished(cell):
+                print_result(cell.command(arguments.machine))
+        return 0
     failed = 0
     if not arguments.tables_only:
-        failed = run_cells(
-            cells, arguments.machine, dry_run=arguments.dry_run, force=arguments.force
-        )
-    if not arguments.dry_run:
-        labels, published = SYSTEMS, ACCURACY
-        if arguments.table in VARIANTS:
-            variants = VARIANTS[arguments.table](arguments.tasks[0])
-            labels, published = {name: label for name, (label, _) in variants.items()}, ABLATIONS
-        command = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
-        print_result(f"\n{table_of(collect(cells), labels, published)}\n\n{command}")
+        failed = run_cells(cells, arguments.machine, force=arguments.force)
+    labels, published = SYSTEMS, ACCURACY
+    if arguments.table in VARIANTS:
+        variants = VARIANTS[arguments.table](arguments.tasks[0])
+        labels, published = {name: label for name, (label, _) in variants.items()}, ABLATIONS
+    command = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
+    print_result(f"\n{table_of(collect(cells), labels, published)}\n\n{command}")
     return failed
 
 
 def main() -> int:
     """Run the command line; return its exit status."""
+    end_by_exception()
     return run_program("reproduce.py", lambda: int(reproduce(parse_arguments()) > 0))
 
 

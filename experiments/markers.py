@@ -37,7 +37,6 @@ REACH = 4  # pixels that a window extends from the marker's own
 WINDOW = 2 * REACH + 1
 
 Arrays = Mapping[str, np.ndarray]  # by split
-Score = tuple[str, float, float]  # name, validation and test accuracy in %
 
 
 class Markers(NamedTuple):
@@ -103,17 +102,15 @@ class MarkerNetwork(nn.Module):
         return self.head(self.vector(markers).sum(dim=1))
 
 
-def fit(
-    network: MarkerNetwork, name: str, markers: Arrays, labels: Arrays, epochs: int = EPOCHS
-) -> Score:
-    """Train the network on markers (n, 2, features) and score it."""
+def fit(network: MarkerNetwork, markers: Arrays, labels: Arrays) -> list[float]:
+    """Train on markers (n, 2, features); return validation and test accuracy in %."""
     flat = markers["train"].reshape(-1, markers["train"].shape[-1])
     mean, deviation = flat.mean(axis=0), flat.std(axis=0) + 1e-6
     x = {k: torch.from_numpy((v - mean) / deviation).float() for k, v in markers.items()}
     y = {k: torch.from_numpy(v) for k, v in labels.items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     network.train()
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for rows in torch.randperm(len(y["train"])).split(32):
             loss = F.cross_entropy(network(x["train"][rows]), y["train"][rows])
             optimizer.zero_grad()
@@ -121,25 +118,25 @@ def fit(
             optimizer.step()
     network.eval()
     with torch.no_grad():
-        val, test = (
-            100 * (network(x[k]).argmax(dim=1) == y[k]).double().mean().item()
-            for k in ("val", "test")
-        )
-    return name, val, test
+        hits = {k: network(x[k]).argmax(dim=1) == y[k] for k in ("val", "test")}
+    return [100 * hit.double().mean().item() for hit in hits.values()]
 
 
-def score_distance(positions: Arrays, labels: Arrays) -> Score:
-    """Score the most frequent training label at each distance of the markers, in full pixels."""
+def score_distance(positions: Arrays, labels: Arrays) -> list[float]:
+    """Score the most frequent training label at each distance of the markers, in full pixels.
+
+    Returns:
+        Validation and test accuracy in %.
+    """
     apart = {k: np.hypot(*np.diff(x, axis=1)[:, 0].T).astype(int) for k, x in positions.items()}
     votes = np.bincount(apart["train"], 2 * labels["train"] - 1, minlength=64)
-    val, test = (100 * ((votes[apart[k]] > 0) == labels[k]).mean() for k in ("val", "test"))
-    return "the distance of the markers, in full pixels", val, test
+    return [100 * float(((votes[apart[k]] > 0) == labels[k]).mean()) for k in ("val", "test")]
 
 
 def measure(
-    difficulty: Difficulty, epochs: int = EPOCHS, network: MarkerNetwork | None = None
-) -> tuple[list[Score], MarkerNetwork]:
-    """Return the scores of one of LRA's three splits, and the network of the last of them.
+    difficulty: Difficulty, network: MarkerNetwork | None
+) -> tuple[dict[str, list[float]], MarkerNetwork]:
+    """Return the scores of one of LRA's three splits by input, and the network that read pixels.
 
     Args:
         network: the one returned for shorter contours, which continues to learn here.
@@ -147,34 +144,33 @@ def measure(
     rng = np.random.default_rng(0)
     drawn = {k: draw_markers(rng, SCENES[k], difficulty) for k in SPLITS}
     labels = {k: x.labels for k, x in drawn.items()}
+    positions = {k: x.positions for k, x in drawn.items()}
     torch.manual_seed(0)
     exact = {k: np.concatenate([x.positions, x.headings], axis=2) for k, x in drawn.items()}
     seen = {k: np.concatenate([x.positions, x.windows], axis=2) for k, x in drawn.items()}
     around = f"positions and the {WINDOW} x {WINDOW} pixels around"
     fresh = MarkerNetwork(2 + WINDOW**2, 128)
-    scores = [
-        score_distance({k: x.positions for k, x in drawn.items()}, labels),
-        fit(MarkerNetwork(4, 0), "positions and headings, added up", exact, labels, epochs),
-        fit(MarkerNetwork(4, 128), "positions and headings, related", exact, labels, epochs),
-        fit(fresh, f"{around}, related", seen, labels, epochs),
-    ]
+    scores = {
+        "distance, in full pixels": score_distance(positions, labels),
+        "positions and headings, added up": fit(MarkerNetwork(4, 0), exact, labels),
+        "positions and headings, related": fit(MarkerNetwork(4, 128), exact, labels),
+        f"{around}, related": fit(fresh, seen, labels),
+    }
     if network is None:
         return scores, fresh
-    scores.append(fit(network, f"{around}, after shorter contours", seen, labels, epochs))
+    scores[f"{around}, after shorter contours"] = fit(network, seen, labels)
     return scores, network
 
 
 def command() -> None:
     """Print the table of the three splits."""
-    parser = Parser(prog=PROGRAM, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
-    epochs = parser.parse_args().epochs
+    Parser(prog=PROGRAM, description=__doc__.split("\n\n")[0]).parse_args()
     rows: list[list[str]] = []
     network = None
     for difficulty in DIFFICULTIES.values():
-        scores, network = measure(difficulty, epochs, network)
-        for name, *values in scores:
-            rows.append([str(difficulty.contour_length), name, *(f"{v:.1f}" for v in values)])
+        scores, network = measure(difficulty, network)
+        for name, (val, test) in scores.items():
+            rows.append([str(difficulty.contour_length), name, f"{val:.1f}", f"{test:.1f}"])
     header = ["paddles", "read of both markers", "validation, %", "test, %"]
     print_result(markdown(header, rows, numbers=2))
 

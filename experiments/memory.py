@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from data.packing import PackedSplit, load_splits
 from dataloader import Batch, collate, evaluation_batches
+from experiments.shallow import accuracies
 from lra_config import load_config, single_values
 from lra_datasets import open_dataset
 from model import RMAAT, SegmentRecurrent, build_model
@@ -40,7 +41,6 @@ from utils import seed_everything
 PROGRAM = "experiments.memory"
 NUM_LONGEST = 64  # examples of which the reach is measured
 NUM_EXAMPLES = {"train": 10_000, "val": 2_000, "test": 5_000}  # at most, of the probe
-PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)  # of the sum of squared weights
 
 
 def open_model(source: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[str, PackedSplit]]:
@@ -81,9 +81,8 @@ def memory_reach(model: SegmentRecurrent, batch: Batch) -> list[float]:
     for t in range(1, len(segments)):
         exchanged = memories[t - 1].roll(1, dims=0)
         passed = [memory for memory, _ in model.recur(segments[t:], first=t, memory=exchanged)]
-        for k, (ours, memory) in enumerate(
-            zip([exchanged, *passed], memories[t - 1 :], strict=True)
-        ):
+        pairs = zip([exchanged, *passed], memories[t - 1 :], strict=True)
+        for k, (ours, memory) in enumerate(pairs):
             changed, apart = ours - memory, memory.roll(1, dims=0) - memory
             reaches[k].append(float(changed.norm() / apart.norm()))
     return [sum(values) / len(values) for values in reaches if values]
@@ -108,16 +107,16 @@ def reach_rows(source: Path, overrides: Sequence[str]) -> list[list[str]]:
     config, device, test = model.config, model.memory.device, splits["test"]
     longest = np.argsort(-test.lengths.min(axis=1), kind="stable")[:NUM_LONGEST]
     reach = memory_reach(model, collate(test, longest, config, device))
-    accuracies: list[float | None] = [None, None]
+    scores: list[float | None] = [None, None]
     if source.is_dir():
-        accuracies = [
+        scores = [
             100 * evaluate(model, evaluation_batches(test, config, device), **how).accuracy
             for how in ({}, {"score": score_exchanged})
         ]
     later = [reach[k] if k < len(reach) else None for k in (1, 2, 4)]
     return [[
         str(source), "on" if config.astro_mem else "off", *(number(x, ".3f") for x in later),
-        *map(number, accuracies),
+        *map(number, scores),
     ]]
 
 
@@ -148,38 +147,6 @@ def collect_memories(
     )
 
 
-def fit(
-    features: Mapping[str, torch.Tensor], answers: Mapping[str, torch.Tensor]
-) -> tuple[float, float]:
-    """Fit a logistic regression for each penalty on the training split.
-
-    Returns:
-        Accuracy in % on val and test, of the penalty that is best on val.
-    """
-    shift, scale = features["train"].mean(0), features["train"].std(0) + 1e-6
-    x = {k: (v - shift) / scale for k, v in features.items()}
-    classes = 1 + int(max(v.max() for v in answers.values()))
-    weight = torch.zeros(x["train"].shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    scores = []
-    for penalty in PENALTIES:  # each starts from the one before
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
-
-        def loss(penalty: float = penalty) -> torch.Tensor:
-            weight.grad = bias.grad = None
-            misfit = F.cross_entropy(x["train"] @ weight + bias, answers["train"])
-            total = misfit + penalty * weight.square().sum()
-            total.backward()
-            return total
-
-        optimizer.step(loss)
-        predicted = {k: (x[k] @ weight + bias).argmax(1) for k in ("val", "test")}
-        scores.append(
-            tuple(100 * float((p == answers[k]).double().mean()) for k, p in predicted.items())
-        )
-    return max(scores)
-
-
 def probe_rows(source: Path, overrides: Sequence[str]) -> list[list[str]]:
     """Return the rows of one model: after the first segment, half of them, and all."""
     model, splits = open_model(source, overrides)
@@ -198,7 +165,8 @@ def probe_rows(source: Path, overrides: Sequence[str]) -> list[list[str]]:
         majority = answers["train"].mode().values
         guess = 100 * float((answers["test"] == majority).double().mean())
         for t in segments:
-            val, test = fit({name: kept[t] for name, (kept, _) in collected.items()}, answers)
+            features = {name: kept[t].numpy() for name, (kept, _) in collected.items()}
+            val, test = accuracies(features, answers)
             rows.append([str(source), question, str(t), *map(number, (val, test, guess))])
     return rows
 

@@ -163,7 +163,7 @@ def test_a_wandb_that_fails_later_is_told_once(tmp_path, listops_dir, monkeypatc
 
 
 def run_plots(*arguments: object) -> subprocess.CompletedProcess:
-    return run_script("plots.py", *arguments, cwd=ROOT)
+    return run_script("plots.py", "curves", *arguments, cwd=ROOT)
 
 
 def test_curves_of_several_runs_one_of_them_without_a_validation(tmp_path, trained):

@@ -16,6 +16,7 @@ SIZES = {"train": 400, "val": 200, "test": 200}
 
 @pytest.fixture
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markers, "EPOCHS", 1)
     monkeypatch.setattr(markers, "SCENES", {"train": 1000, "val": 200, "test": 500})
 
 
@@ -45,26 +46,26 @@ def test_a_window_shows_its_marker_in_the_middle_and_black_beyond_the_edge() -> 
     assert (white[1, :6] == 255).all() and not white[1, 6:].any()  # rows 32 to 34
 
 
-def test_a_hidden_layer_relates_what_a_sum_cannot() -> None:
+def test_a_hidden_layer_relates_what_a_sum_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markers, "EPOCHS", 20)
     rng = np.random.default_rng(0)
     both = {k: rng.choice([-1.0, 1.0], size=(n, 2, 3)) for k, n in SIZES.items()}
     labels = {k: (both[k][:, 0, 0] * both[k][:, 1, 0] > 0).astype(int) for k in SPLITS}
     torch.manual_seed(0)
-    assert markers.fit(markers.MarkerNetwork(3, 32), "related", both, labels, epochs=20)[2] > 90
-    assert markers.fit(markers.MarkerNetwork(3, 0), "added up", both, labels, epochs=20)[2] < 65
+    assert markers.fit(markers.MarkerNetwork(3, 32), both, labels)[1] > 90
+    assert markers.fit(markers.MarkerNetwork(3, 0), both, labels)[1] < 65
 
 
 @pytest.mark.usefixtures("few_scenes")
 def test_the_distance_of_the_markers_separates_short_contours() -> None:
-    scores, _ = markers.measure(DIFFICULTIES["baseline"], epochs=1)
-    name, _, test = scores[0]
-    assert "distance" in name and test > 58
+    scores, _ = markers.measure(DIFFICULTIES["baseline"], None)
+    assert scores["distance, in full pixels"][1] > 58
 
 
 @pytest.mark.usefixtures("few_scenes")
 def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(markers, "DIFFICULTIES", dict(list(DIFFICULTIES.items())[:2]))
-    result = called(markers.main, "--epochs", "1", cwd=tmp_path, check=True)
+    result = called(markers.main, cwd=tmp_path, check=True)
     header, _, *rows = result.stdout.strip().splitlines()
     assert header.startswith("| paddles | read of both markers |")
     assert [row.split("|")[1].strip() for row in rows] == 4 * ["6"] + 5 * ["9"]
