@@ -46,11 +46,6 @@ def test_a_job_that_takes_too_long_is_terminated(tmp_path):
     assert "not done in" in records(tmp_path)["endless"]["result"]
 
 
-def test_without_time_the_jobs_are_left_to_the_next_call(tmp_path):
-    assert campaign(tmp_path, [Job("first", 60, python("1"))], 0) == 0
-    assert not (tmp_path / "jobs.json").exists()
-
-
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_job(tmp_path):
     arguments = (tmp_path / "out", "--device", "cpu", "--smoke")

@@ -7,12 +7,10 @@ import json
 import pytest
 import torch
 from conftest import ROOT, run_script, tiny_batch, tiny_config
-from matplotlib import colors
 
 import plots
 from attention.heads import Attention, join_heads
 from model import build_model
-from tables import SYSTEMS
 from training.diagnostics import attention_rows
 
 RUN = ROOT / "results/listops/rmaat"
@@ -45,14 +43,6 @@ def test_attention_that_does_not_read_by_weights_is_refused():
         model = build_model(tiny_config(**changes))
         with pytest.raises(ValueError, match="linear in its values"):
             attention_rows(model, tiny_batch(model.config).tokens[:1], 0)
-
-
-def test_lines_differ_without_their_colors():
-    styles = [plots.line_style(number) for number in range(len(SYSTEMS))]
-    assert len({(str(s["linestyle"]), s["marker"]) for s in styles}) == len(styles)
-    luminance = [sum(map(float.__mul__, (0.3, 0.6, 0.1), colors.to_rgb(s["color"])))
-                 for s in styles]
-    assert max(luminance[:3]) < 0.6  # the first lines are dark enough for white paper
 
 
 def write_run(folder, values, **changes):
@@ -94,23 +84,6 @@ def test_each_figure_is_drawn_from_results(tmp_path, arguments):
 
 def test_no_committed_figure_is_older_than_its_data():
     assert plots.stale_figures() == [], "run `python plots.py all`"
-
-
-def test_a_figure_whose_data_changed_is_stale(tmp_path):
-    for _, files, _ in plots.committed_figures(tmp_path):
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("1")
-    folder = tmp_path / plots.FIGURES
-    folder.mkdir(parents=True)
-    sources = {}
-    for name, files, _ in plots.committed_figures(tmp_path):
-        (folder / name).touch()
-        sources[name] = plots.digests(files, tmp_path)
-    (folder / plots.SOURCES).write_text(json.dumps(sources))
-    assert plots.stale_figures(tmp_path) == []
-    (tmp_path / "results/benchmark/memory_cpu.json").write_text("2")
-    assert plots.stale_figures(tmp_path) == ["memory.png"]
 
 
 def test_curves_that_cannot_be_drawn_are_one_line_of_the_log(tmp_path, capsys):
