@@ -435,7 +435,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def command() -> None:
-    """Draw what the command line asks for."""
+    """Draw the figure of the command line, or all of them."""
     arguments = parse_arguments()
     if arguments.kind == "all":
         draw_all()

@@ -68,7 +68,7 @@ def evaluate_splits(model: RMAAT, names: Sequence[str] = ("val", "test")) -> dic
 
     def load() -> dict[str, PackedSplit]:
         reader = open_dataset(config)
-        reader.tokenizer = tokenizer_of(model)  # a word's id is what it was in training
+        reader.tokenizer = tokenizer_of(model)  # the ids of words are those of the training
         return load_splits(reader)
 
     splits = processes.first_alone(load)

@@ -273,7 +273,7 @@ def table_of(
 def verify(overrides: Sequence[str]) -> int:
     """Evaluate the weights below `results/` and compare with the summaries; return mismatches.
 
-    Weights whose data `data_dir` lacks are skipped, and say so; nothing is generated.
+    Weights without data in `data_dir` are reported as skipped. Nothing is generated.
     """
     from data.reader import DataError
     from predict import evaluate_splits, load_trained

@@ -1,4 +1,4 @@
-"""Everything that a GPU is to show, as a list of commands with time budgets.
+"""All checks and measurements for a GPU, as a list of commands with time limits.
 
     python -m experiments.gpu_campaign results/gpu                  # all jobs, half an hour
     python -m experiments.gpu_campaign results/gpu --only memory    # some of them

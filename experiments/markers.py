@@ -1,10 +1,10 @@
-"""How well the two markers of a Pathfinder image alone classify it.
+"""Accuracy on Pathfinder from the two markers of an image alone.
 
     python -m experiments.markers
 
-For contours of 6, 9 and 14 paddles, a network reads both markers: exactly as the generator drew
-them, or as the pixels around their known positions. There also one network that learns from all
-three, the shorter contours first. A model that has to find the markers itself has a harder task.
+A network reads both markers, for contours of 6, 9 and 14 paddles: the exact positions and headings,
+or the pixels around the known positions. One more network learns from all three, shorter contours
+first. A model that has to find the markers itself has a harder task.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""How far a memory reaches, and what can be read from it.
+"""The reach of a memory, and the information in it.
 
     python -m experiments.memory reach results/listops/rmaat configs/text.yaml
     python -m experiments.memory probe results/listops/rmaat --set device=cpu
 
-The folder of a finished run is measured as it was trained, a configuration file as it is
-initialized.
+Sources are folders of finished runs, and configuration files, whose models are measured at
+initialization.
 
 `reach`: before one segment the examples of a batch exchange their memories, and continue with their
 own tokens. The reach k segments later is the distance between the memories with and without that
-exchange, over the distance between the memories of the two examples. It is 1 where all is carried
-on, 0 where every segment writes its memory anew.
+exchange, over the distance between the memories of the two examples. It is 1 if everything is
+retained, and 0 if every segment writes its memory anew.
 
 `probe`: a logistic regression on the memory that leaves a segment, for the answer and for the first
 token of the sequence (on ListOps the root operator). The weights of the model stay fixed.
@@ -39,12 +39,12 @@ from training.acceleration import resolve_device
 from utils import seed_everything
 
 PROGRAM = "experiments.memory"
-NUM_LONGEST = 64  # examples of which the reach is measured
+NUM_LONGEST = 64  # examples that measure the reach
 NUM_EXAMPLES = {"train": 10_000, "val": 2_000, "test": 5_000}  # at most, of the probe
 
 
 def open_model(source: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[str, PackedSplit]]:
-    """Return a finished run's model, or a configuration's as it is initialized, and its data.
+    """Return a trained model, or that of a configuration at initialization, and its data.
 
     Raises:
         UserError: the model hands no memory on.
@@ -66,7 +66,7 @@ def open_model(source: Path, overrides: Sequence[str]) -> tuple[RMAAT, Mapping[s
 
 @torch.no_grad()
 def memory_reach(model: SegmentRecurrent, batch: Batch) -> list[float]:
-    """Return the reach after 0, 1, ... more segments, averaged over the place of the exchange.
+    """Return the reach after 0, 1, ... more segments, averaged over the exchanges.
 
     The first value is 1: the exchange itself. Only segments in which every example has a real token
     are run.

@@ -37,7 +37,7 @@ Features = Iterator[tuple[str, dict[str, np.ndarray]]]  # name; by split (exampl
 
 
 def documents(split: PackedSplit, column: int = 0) -> Iterator[np.ndarray]:
-    """Yield one document of every example, as it is packed."""
+    """Yield the tokens of one document of every example."""
     for start, length in zip(split.starts[:, column], split.lengths[:, column], strict=True):
         yield split.tokens[start : start + length]
 

@@ -36,7 +36,7 @@ def test_the_slurm_job_queues_itself_again_when_it_was_cut(tmp_path, status, req
 
 
 def test_the_wandb_sweep_starts_runs_of_ours(tmp_path):
-    """As W&B's agent puts the command together, with a `python` that only tells its arguments."""
+    """The command as W&B's agent builds it, with a `python` that only prints its arguments."""
     sweep = yaml.safe_load((ROOT / "examples/wandb_sweep.yaml").read_text())
     assert sweep["metric"]["name"] == "val_accuracy"  # a key of the runs' log
     assert set(sweep["parameters"]) <= set(Config.model_fields)
@@ -46,15 +46,15 @@ def test_the_wandb_sweep_starts_runs_of_ours(tmp_path):
     }
     *command, macro = sweep["command"]
     assert macro == "${args_no_hyphens}"
-    teller = tmp_path / "python"
-    teller.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
-    teller.chmod(0o755)
-    told = subprocess.run(
+    printer = tmp_path / "python"
+    printer.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    printer.chmod(0o755)
+    printed = subprocess.run(
         [*command, *(f"{name}={value}" for name, value in values.items())],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "12345678"},
         cwd=ROOT, capture_output=True, text=True, check=True,
     )
-    script, option, path, *overrides = json.loads(told.stdout)
+    script, option, path, *overrides = json.loads(printed.stdout)
     assert (script, option) == ("run_train.py", "--config")
     (config,), _ = load_runs(ROOT / path, overrides)
     assert config.wandb and config.run_name == "sweep_12345678"

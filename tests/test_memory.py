@@ -1,4 +1,4 @@
-"""How far a memory reaches, on models that carry a known share of it, and what is probed."""
+"""The reach of models that retain a known share of their memory, and the probe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from training.gradients import score
 
 
 class Carrier(SegmentRecurrent):
-    """A memory of two features: one is carried on, the other is the segment's last token."""
+    """A memory of two features: one is retained, the other is the segment's last token."""
 
     segment_len, max_seq_len = 2, 8
     head = nn.Identity()

@@ -1,4 +1,4 @@
-"""The paper's tables: which cells are trained or skipped, what the tables say, and `verify`."""
+"""The paper's tables: cells that are trained or skipped, the printed table, and `verify`."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_cells_are_trained_kept_and_not_trained_again(tmp_path, listops_dir):
     summary = json.loads((folder / "summary.json").read_text())
     assert f"| RMT | {100 * summary['test_accuracy']:.1f}" in first.stdout
     assert "| Text 4K | RMT |  | 65.0 |  |" in first.stdout
-    # The command can be typed as it is, and makes this run.
+    # The stored command makes this run.
     python, script, option, file, *overrides = shlex.split(summary["command"])
     assert (python, script, option) == ("python", "run_train.py", "--config")
     assert load_config(ROOT / file, overrides) == load_config(folder / "config.yaml")
