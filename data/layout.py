@@ -1,15 +1,11 @@
 """The layout of each data set: its folders and files, and the number of examples in them.
 
-`get_lra_data.sh` runs this file with any Python 3. It needs the standard library alone.
-
-    layout.py table ROOT NAME...          print a row each; status 1 unless all are complete
-    layout.py state ROOT NAME             print `state source counts` in one line
-    layout.py archive FILE CHECKSUM       status 1 if the archive is damaged
+`get_lra_data.sh` runs `layout.py ROOT NAME...` with any Python 3, for the standard library alone.
+It prints a row per data set, and its exit status is 1 unless all are complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -179,12 +175,9 @@ def recorded_split(folder: Path) -> str:
     return split
 
 
-def inspect(root: str, name: str) -> tuple[str, str, str]:
+def describe(root: str, name: str) -> tuple[str, str, str]:
     """Return the state (absent, incomplete or complete), the source and the examples found."""
     layout = LAYOUTS[name]
-    published = os.environ.get(f"EXPECTED_{name.partition('-')[0].upper()}")  # for tests
-    if published is not None:
-        layout = layout._replace(expected=tuple(map(int, published.split())))
     folder = layout.find(root)
     if not layout.is_present(folder):
         return "absent", "-", f"nothing at {folder}"
@@ -202,33 +195,11 @@ def print_table(root: str, *names: str) -> bool:
     print(row("data set", "state", "source", "examples"))
     complete = True
     for name in names:
-        state, source, found = inspect(root, name.lstrip("?"))
+        state, source, found = describe(root, name.lstrip("?"))
         print(row(name.lstrip("?"), state, source, found))
         complete &= state == "complete" or name.startswith("?")
     return complete
 
 
-def print_state(root: str, name: str) -> bool:
-    print(*inspect(root, name))
-    return True
-
-
-def is_intact(archive: str, checksum: str) -> bool:
-    """Whether an archive has this md5 or sha256."""
-    algorithm = {32: "md5", 64: "sha256"}.get(len(checksum))
-    if algorithm is None:
-        raise ValueError(f"checksum {checksum} is neither an md5 nor a sha256 in hexadecimal")
-    digest = hashlib.new(algorithm)
-    with open(archive, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest() == checksum.lower()
-
-
 if __name__ == "__main__":
-    commands = {"table": print_table, "state": print_state, "archive": is_intact}
-    try:
-        sys.exit(0 if commands[sys.argv[1]](*sys.argv[2:]) else 1)
-    except (ValueError, OSError) as error:
-        print(f"get_lra_data.sh: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(not print_table(*sys.argv[1:]))

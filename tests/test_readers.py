@@ -268,8 +268,7 @@ def test_a_data_set_of_ones_own_trains_as_the_documents_have_it(tmp_path):
 
 def test_a_failed_download_says_what_else_to_do(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CIFAR10_URL", "http://127.0.0.1:1/none")
-    monkeypatch.setenv("GET_TRIES", "1")
     line = refusal(open_dataset, small_config("cifar10", tmp_path, download=True))
     assert "get_lra_data.sh cifar10 failed" in line
-    assert "name a mirror in CIFAR10_URL" in capfd.readouterr().err
+    assert "name a mirror" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
