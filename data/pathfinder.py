@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
 from collections.abc import Iterable
@@ -46,22 +45,15 @@ def _to_png(image: np.ndarray) -> bytes:
 
 def _write_images(
     folder: Path, pairs: Iterable[tuple[bytes, int]], progress: tqdm, row_end: str
-) -> tuple[dict[int, int], str]:
+) -> dict[int, int]:
     """Write the pairs (PNG, label) in batches below `folder`, each with its metadata.
 
     Args:
         row_end: the generation parameters that close every row of the metadata.
     Returns:
-        The number of images per label, and a digest of all files; see `files_sha256` in
-        `generate_pathfinder`.
+        The number of images per label.
     """
     counts = {0: 0, 1: 0}
-    digests: dict[str, str] = {}
-
-    def write(name: str, content: bytes) -> None:
-        (folder / name).write_bytes(content)
-        digests[name] = hashlib.sha256(content).hexdigest()
-
     (folder / "metadata").mkdir()
     pairs = iter(pairs)
     for batch in itertools.count():
@@ -70,15 +62,14 @@ def _write_images(
         for number, (png, label) in enumerate(itertools.islice(pairs, BATCH_IMAGES)):
             if number == 0:
                 (folder / "imgs" / str(batch)).mkdir(parents=True)
-            write(f"imgs/{batch}/sample_{number}.png", png)
+            (folder / f"imgs/{batch}/sample_{number}.png").write_bytes(png)
             rows.append(f"imgs/{batch} sample_{number}.png {number} {label} {row_end}\n")
             counts[label] += 1
             progress.update()
         if not rows:
             break
-        write(f"metadata/{batch}.npy", "".join(rows).encode())
-    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
-    return counts, hashlib.sha256(lines.encode()).hexdigest()
+        (folder / f"metadata/{batch}.npy").write_bytes("".join(rows).encode())
+    return counts
 
 
 def generate_pathfinder(
@@ -90,9 +81,6 @@ def generate_pathfinder(
     workers: int | None = None,
 ) -> Path:
     """Write one split of Pathfinder at 32 x 32, labels balanced, and GENERATED.json.
-
-    `files_sha256` in that record is the sha256 of what this prints within the folder:
-    `find imgs metadata -type f | LC_ALL=C sort | xargs sha256sum`.
 
     Args:
         out: data root; the files go to `out`/lra_release/pathfinder32/curv_*.
@@ -134,9 +122,7 @@ def generate_pathfinder(
         tqdm(total=images, desc=f"pathfinder32 {split}", unit="img", disable=None) as progress,
     ):
         pairs = itertools.chain.from_iterable(itertools.islice(chunks, num_chunks))
-        counts, sha256 = _write_images(
-            folder, pairs, progress, " ".join(map(str, columns.values()))
-        )
+        counts = _write_images(folder, pairs, progress, " ".join(map(str, columns.values())))
         parameters = {
             **columns,
             "num_distractors": difficulty.num_distractors,
@@ -153,6 +139,6 @@ def generate_pathfinder(
         write_record(
             folder, "pathfinder32", seed, split=split,
             counts={"images": images, "label_0": counts[0], "label_1": counts[1]},
-            parameters=parameters, pillow=PIL.__version__, files_sha256=sha256,
+            parameters=parameters, pillow=PIL.__version__,
         )
     return target

@@ -207,3 +207,14 @@ def listops_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, seed=0, train=200, val=20, test=20, workers=1, min_length=9, max_length=41
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, listops_dir: Path) -> Path:
+    """A folder with `tiny.yaml`, its finished run `runs/run`, and what the command line printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = write_config(folder, listops_dir, dropout=0.1, bucket_by_length=True)
+    result = run_cli("--config", path, cwd=folder, check=True)
+    (folder / "stdout").write_text(result.stdout)
+    (folder / "stderr").write_text(result.stderr)
+    return folder

@@ -1,19 +1,14 @@
-"""What one does around a training: sweeps, logs, evaluation and prediction with its weights."""
+"""The command line around a training: sweeps, logs, evaluation and prediction with its weights."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import io
 import json
-import os
-import pty
 import re
-import resource
 import shutil
 import statistics
-import struct
-import subprocess
 import sys
-import termios
 from collections import defaultdict
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -27,7 +22,6 @@ from conftest import (
     called,
     finished,
     run_cli,
-    run_script,
     start_process,
     tiny_config,
     write_config,
@@ -36,27 +30,14 @@ from conftest import (
 import predict
 import run_train
 from data.listops import generate_listops
-from data.packing import load_splits
 from lra_config import ConfigError, make_config
-from lra_datasets import open_dataset
 from model import RMAAT, build_model
 from run import checkpoint
 from run.program import run_program
 from sweep import load_runs
+from train import train
 
 CHANCE = 0.17  # the share of ListOps' most frequent answer
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, listops_dir) -> Path:
-    """A folder with `tiny.yaml` and the finished run `runs/run`."""
-    folder = tmp_path_factory.mktemp("trained")
-    path = write_config(folder, listops_dir)
-    result = finished(start_process("run_train.py", "--config", path, cwd=folder))
-    assert result.returncode == 0, result.stderr
-    (folder / "stdout").write_text(result.stdout)
-    (folder / "stderr").write_text(result.stderr)
-    return folder
 
 
 # Logs
@@ -74,26 +55,15 @@ def test_a_redirected_log_holds_what_is_expected_the_evaluations_and_the_result_
 
 
 def test_a_terminal_shows_loss_accuracy_speed_and_time_left(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))  # rows, columns
-    process = start_process(
-        "run_train.py", "--config", path, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=slave
-    )
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:  # Linux's way to say that the other end is closed
-            break
-        if not data:
-            break
-        shown += data
-    os.close(master)
-    assert process.wait(timeout=60) == 0
-    bar = r"12/12 \[\d\d:\d\d<\d\d:\d\d.*accuracy=\d.*loss=\d.*tokens_s=\d"
-    assert re.search(bar, shown.decode()), shown
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    config = tiny_config(data_dir=str(listops_dir), output_dir=str(tmp_path), max_steps=4)
+    with contextlib.redirect_stderr(Terminal()) as shown:
+        train(config)
+    bar = r"4/4 \[\d\d:\d\d<\d\d:\d\d.*accuracy=\d.*loss=\d.*tokens_s=\d"
+    assert re.search(bar, shown.getvalue()), shown.getvalue()
 
 
 def test_wandb_is_not_imported_unless_asked_for(tmp_path, listops_dir, monkeypatch):
@@ -117,11 +87,17 @@ def test_wandb_offline_leaves_a_run_to_be_sent_later(tmp_path, listops_dir):
         assert key in content, key
 
 
-def test_a_resumed_offline_wandb_run_receives_the_history(tmp_path, listops_dir, monkeypatch):
-    wandb = MagicMock()
-    wandb.init.return_value.id, wandb.init.return_value.dir = "id", "wandb/offline-run-2/files"
-    wandb.init.return_value.offline = True
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+@pytest.fixture
+def wandb(monkeypatch) -> MagicMock:
+    """A client that accepts everything, in place of the real one."""
+    client = MagicMock()
+    client.init.return_value.id, client.init.return_value.dir = "id", "wandb/offline-run-2/files"
+    client.init.return_value.offline = True
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    return client
+
+
+def test_a_resumed_offline_wandb_run_receives_the_history(tmp_path, listops_dir, wandb):
     path = write_config(tmp_path, listops_dir, wandb=True, stop_after_steps=4)
     run_cli("--config", path, cwd=tmp_path, check=True)
     wandb.init.return_value.log.reset_mock()
@@ -133,75 +109,25 @@ def test_a_resumed_offline_wandb_run_receives_the_history(tmp_path, listops_dir,
     assert "wandb/offline-run-2 holds the full history; sync this folder alone" in result.stdout
 
 
-def test_an_unreachable_wandb_does_not_end_the_training(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir, wandb=True)
-    # Nothing listens on the discard port: the client is left to its retries, for a short time.
-    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
-    program = tmp_path / "impatient.py"
-    program.write_text(
-        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport run.log\n"
-        "run.log.WANDB_TIMEOUT = 2.0\n"
-        f"runpy.run_path({str(ROOT / 'run_train.py')!r}, run_name='__main__')\n"
-    )
-    result = finished(start_process(program, "--config", path, cwd=tmp_path, env=variables))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("wandb is off, the run goes on: ") == 1
-    assert result.stderr == ""
-    assert (tmp_path / "runs/run/summary.json").exists()
-
-
-@pytest.mark.parametrize("failing", ["log", "finish", "summary"])
-def test_a_wandb_that_fails_later_is_told_once(tmp_path, listops_dir, monkeypatch, failing):
-    wandb = MagicMock()
-    wandb.init.return_value.id = "id"
-    method = getattr(wandb.init.return_value, failing)
+@pytest.mark.parametrize("failing", ["init", "log", "finish", "summary"])
+def test_a_wandb_that_fails_is_reported_once_and_the_run_goes_on(
+    tmp_path, listops_dir, wandb, failing
+):
+    method = wandb.init if failing == "init" else getattr(wandb.init.return_value, failing)
     method.side_effect = method.update.side_effect = ConnectionError("gone")
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    path = write_config(tmp_path, listops_dir, wandb=True)
+    path = write_config(tmp_path, listops_dir, wandb=True, max_steps=4)
     result = run_cli("--config", path, cwd=tmp_path, check=True)
     assert result.stdout.count("wandb is off, the run goes on: gone") == 1
-
-
-def run_plots(*arguments: object) -> subprocess.CompletedProcess:
-    return run_script("plots.py", "curves", *arguments, cwd=ROOT)
-
-
-def test_curves_of_several_runs_one_of_them_without_a_validation(tmp_path, trained):
-    young = tmp_path / "young" / "run"
-    young.mkdir(parents=True)
-    (young / "metrics.jsonl").write_text('{"step": 2, "loss": 2.0}\n{"step": 4, "lo')
-    out = tmp_path / "both.svg"
-    result = run_plots(trained / "runs/run", young, "--out", out)
-    assert (result.returncode, result.stderr) == (0, "")
-    # A system's name, or the path where there is no configuration.
-    picture = out.read_text()
-    assert "young/run" in picture and ">RMAAT<" in picture
-    assert str(tmp_path) not in picture
-
-
-def test_what_cannot_be_plotted_is_said_in_one_line(tmp_path, trained):
-    (tmp_path / "metrics.jsonl").write_text("")
-    run = trained / "runs/run"
-    assert_refused(run_plots(tmp_path, "--out", tmp_path / "a.png"), str(tmp_path), "no row yet")
-    assert_refused(run_plots(tmp_path / "absent"), "absent")
-    assert_refused(run_plots(run, "--out", tmp_path / "a.xyz"), "a.xyz", "suffix")
-    assert_refused(run_plots(run, "--out", tmp_path / "no" / "a.png"), "No such file")
-    assert not list(tmp_path.glob("a.*"))
 
 
 # Sweeps
 
 
-def sweep_names(tmp_path, listops_dir, *overrides: str, **changes) -> list[str]:
-    path = tmp_path / "sweep.yaml"
-    values = {**TINY, "data_dir": str(listops_dir), **changes}
-    path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in values.items()))
-    return [config.run_name for config in load_runs(path, overrides)[0]]
-
-
-def test_each_run_of_a_sweep_has_a_folder_named_by_what_varies(tmp_path, listops_dir):
+def test_each_run_of_a_sweep_has_a_folder_named_by_what_varies(tmp_path):
     def names(*overrides: str, **changes) -> list[str]:
-        return sweep_names(tmp_path, listops_dir, *overrides, **changes)
+        path = tmp_path / "sweep.yaml"
+        path.write_text(json.dumps({**TINY, **changes}))
+        return [config.run_name for config in load_runs(path, overrides)[0]]
 
     assert names("seed=0,1", run_name="a") == ["a_seed0", "a_seed1"]
     assert names("seed=0,1") == ["listops_astro_seed0", "listops_astro_seed1"]
@@ -228,13 +154,17 @@ def test_a_sweep_that_cannot_work_is_refused_before_it_starts(tmp_path, listops_
     assert_refused(
         run_cli("--config", path, "seed=0,1", "--eval_only", cwd=tmp_path), "seed=0,1"
     )
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/run_seed0").write_text("in the way")
+    assert_refused(run_cli("--config", path, "seed=0,1", cwd=tmp_path), "runs/run_seed0")
+    assert not (tmp_path / "runs/run_seed1").exists()
 
 
-def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
+def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir, trained):
+    path = write_config(tmp_path, listops_dir, dropout=0.1, bucket_by_length=True)
     # The first run is finished, the second was cut, the third has not begun.
     command = ["--config", path]
-    run_cli(*command, "run_name=run_seed0", "seed=0", cwd=tmp_path, check=True)
+    shutil.copytree(trained / "runs/run", tmp_path / "runs/run_seed0")
     cut = ["run_name=run_seed1", "seed=1", "stop_after_steps=4"]
     run_cli(*command, *cut, cwd=tmp_path, check=True)
     finished = tmp_path / "runs/run_seed0/summary.json"
@@ -255,16 +185,6 @@ def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir):
     tests = [100 * s["test_accuracy"] for s in (first, second, third)]
     expected = f"| 3 | {statistics.mean(tests):.2f} ± {statistics.stdev(tests):.2f} | "
     assert rows[-1].startswith(expected)
-
-
-def test_a_failing_run_ends_the_sweep(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/run_seed1").write_text("in the way")
-    result = run_cli("--config", path, "seed=0,1,2", cwd=tmp_path)
-    assert_refused(result, "runs/run_seed1")
-    assert (tmp_path / "runs/run_seed0/summary.json").exists()
-    assert not (tmp_path / "runs/run_seed2").exists()
 
 
 # Evaluation, prediction, exported weights
@@ -410,8 +330,7 @@ def write_reviews(data_dir: Path, praise: str, blame: str) -> None:
                 (folder / f"{number}_1.txt").write_text(f"This was {word} {number}")
 
 
-@pytest.mark.parametrize("name", ["best.pt", "model.safetensors"])
-def test_a_model_of_words_brings_its_vocabulary(tmp_path, name):
+def test_a_model_of_words_brings_its_vocabulary(tmp_path):
     """Its predictions do not depend on data that have changed since, or are gone."""
     write_reviews(tmp_path / "datasets", "splendid", "dreadful")
     path = tmp_path / "words.yaml"
@@ -423,18 +342,18 @@ def test_a_model_of_words_brings_its_vocabulary(tmp_path, name):
     (tmp_path / "datasets").rename(tmp_path / "gone")
     trained_on = RMAAT.from_pretrained(tmp_path / "runs/run")
     assert {"splendid", "dreadful"} < set(trained_on.vocabulary)
-    command = ["--checkpoint", f"runs/run/{name}"]
     text = "Splendid, splendid!\nIt was dreadful.\n"
-    result = run_cli(*command, "--predict", "-", cwd=tmp_path, stdin=text)
-    assert result.returncode == 0, result.stderr
-    assert [json.loads(line)["class"] for line in result.stdout.splitlines()] == [1, 0]
+    weights = ("runs/run/best.pt", "runs/run/model.safetensors")
+    for name in weights:
+        result = run_cli("--checkpoint", name, "--predict", "-", cwd=tmp_path, stdin=text)
+        assert result.returncode == 0, result.stderr
+        assert [json.loads(line)["class"] for line in result.stdout.splitlines()] == [1, 0]
     # Other reviews, other ids: only with the checkpoint's own vocabulary are they read right.
     write_reviews(tmp_path / "datasets", "splendid", "dreadful and long and dull")
-    result = run_cli(*command, "--eval_only", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = run_cli("--checkpoint", weights[0], "--eval_only", cwd=tmp_path, check=True)
     assert json.loads(result.stdout.splitlines()[-1])["test_accuracy"] == 1.0
-    start = [f"initial_checkpoint=runs/run/{name}", "run_name=second"]
-    assert_refused(run_cli("--config", path, *start, cwd=tmp_path), name, "vocabulary")
+    start = [f"initial_checkpoint={weights[1]}", "run_name=second"]
+    assert_refused(run_cli("--config", path, *start, cwd=tmp_path), weights[1], "vocabulary")
 
 
 @pytest.mark.parametrize("vocabulary", [None, ["good", "bad"]])
@@ -470,44 +389,6 @@ def test_the_committed_weights_solve_fresh_listops(tmp_path):
     predictions = predict.predict(model, lines, "test")
     right = sum(p["class"] == target for p, (_, target) in zip(predictions, rows, strict=True))
     assert right / len(rows) > CHANCE + 0.1
-
-
-# A full disk, for which a limit on the size of files stands in
-
-
-def limited(size: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`run_train.py` where no file can grow past `size` bytes."""
-    return finished(start_process(
-        "run_train.py", *arguments, cwd=cwd,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    ))
-
-
-def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(tmp_path, listops_dir):
-    path = write_config(tmp_path, listops_dir)
-    run_cli("--config", path, "stop_after_steps=4", cwd=tmp_path, check=True)
-    last = tmp_path / "runs/run/last.pt"
-    before = last.read_bytes()
-    result = limited(20_000, "--config", path, "--resume", cwd=tmp_path)
-    assert_refused(result, "File too large", "previous checkpoint is kept")
-    assert last.read_bytes() == before
-    assert not list(last.parent.glob("*.part"))
-    assert run_cli("--config", path, "--resume", cwd=tmp_path).returncode == 0
-
-
-def test_a_full_disk_leaves_no_half_packed_split(tmp_path):
-    generate_listops(
-        tmp_path, seed=0, train=300, val=20, test=20, workers=1, min_length=9, max_length=41
-    )
-    path = write_config(tmp_path, tmp_path)
-    config = tiny_config(data_dir=str(tmp_path))
-    num_tokens = int(load_splits(open_dataset(config))["train"].lengths.sum())
-    shutil.rmtree(tmp_path / ".cache")
-    for size in (3_000, num_tokens):  # too little for the tokens, and for a header before them
-        result = limited(size, "--config", path, cwd=tmp_path)
-        assert_refused(result, "packed train split was not written", "free some space")
-        assert not list((tmp_path / ".cache").iterdir())
-    assert len(load_splits(open_dataset(config))["train"]) == 300
 
 
 def test_a_gpu_without_memory_left_ends_the_run_with_one_line(tmp_path, listops_dir, monkeypatch):

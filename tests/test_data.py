@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import tiny_config
 
 import lra_datasets
 from data import packing
@@ -41,25 +38,6 @@ def folder(data: Path) -> Path:
 def load(data: Path, split: str = "train", **changes):
     config = tiny_config(data_dir=str(data), **changes)
     return load_splits(open_dataset(config))[split]
-
-
-def test_a_real_row_has_no_unknown_token_and_drops_the_parentheses():
-    tokenizer = ListOpsTokenizer()
-    source = REAL_ROW.split("\t")[0]
-    words = [tokenizer.tokens[i - 1] for i in tokenizer.encode(source)]
-    assert words == ["[MED", "7", "[SM", "3", "0", "]", "9", "]"]
-
-
-def test_token_ids_do_not_depend_on_the_hash_seed():
-    code = f"from data.tasks import ListOpsTokenizer as T; print(T().encode({REAL_ROW[:-3]!r}))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
 
 
 def test_a_packed_split_holds_every_row_and_not_the_header(data):
@@ -97,26 +75,11 @@ def test_the_cache_is_used_until_a_source_changes(data, monkeypatch):
     assert packed == [1]  # of the three parts
 
 
-def test_an_interrupted_packing_leaves_nothing_behind(data, monkeypatch):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(packing.np, "savez", killed)
-    with pytest.raises(KeyboardInterrupt):
-        load(data)
-    assert not list((data / ".cache").iterdir())
-    monkeypatch.undo()
-    assert len(load(data)) == 200
-
-
 @pytest.mark.parametrize(("row", "words"), [
     ("( [MAX 3 ) ] )\n", "columns"),
-    ("( [MAX 3 ) ] )\t3\t3\n", "columns"),
     ("( [MUL 3 ) ] )\t3\n", "unknown token '[MUL'"),
     ("( [MAX 3 ) ] )\t10\n", "label '10'"),
-    ("( [MAX 3 ) ] )\tx\n", "label 'x'"),
     ("( ) \t3\n", "empty"),
-    ("( [MAX \ufffd ) ] )\t3\n", "unknown token"),
     ("1 " * 41 + "\t3\n", "41 tokens"),
 ])
 def test_a_damaged_row_is_named_and_leaves_no_cache(data, row, words):
@@ -131,7 +94,7 @@ def test_a_damaged_row_is_named_and_leaves_no_cache(data, row, words):
     assert not list((data / ".cache").glob("*val*"))
 
 
-@pytest.mark.parametrize("content", [b"", b"Source\tTarget\n", b"3\t3\n", b"\xff\xfe\t1\n"])
+@pytest.mark.parametrize("content", [b"", b"Source\tTarget\n", b"\xff\xfe\t1\n"])
 def test_an_empty_or_foreign_file_is_named(data, content):
     path = folder(data) / "basic_test.tsv"
     path.write_bytes(content)

@@ -6,16 +6,13 @@ import json
 import math
 import os
 import random
-import resource
 import signal
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import start_process, wait_for
 
 import generate_lra
 from data import listops
@@ -128,14 +125,6 @@ def naive_trees(seed: int, count: int, min_length: int, max_length: int) -> list
         if min_length < length_of(tree) < max_length:
             distinct.setdefault(render(tree), tree)
     return list(distinct.values())
-
-
-def command(*options: object) -> list[str]:
-    return [sys.executable, generate_lra.__file__, "listops", *map(str, options)]
-
-
-def run_command(*options: object, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*options), capture_output=True, text=True, timeout=60, **kwargs)
 
 
 def files_under(folder: Path) -> list[Path]:
@@ -292,25 +281,21 @@ def test_record_describes_the_files(full_length: Path) -> None:
 
 
 def test_command_writes_what_the_function_writes(full_length: Path, tmp_path: Path) -> None:
-    done = run_command(
-        "--out", tmp_path, "--seed", 3, "--train", 300, "--val", 40, "--test", 60, "--workers", 1
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    options = "--seed 3 --train 300 --val 40 --test 60 --workers 1".split()
+    assert generate_lra.main(["listops", "--out", str(tmp_path), *options]) == 0
     for path in full_length.iterdir():
-        assert (
-            tmp_path / "lra_release" / "listops-1000" / path.name
-        ).read_bytes() == path.read_bytes()
+        written = tmp_path / "lra_release" / "listops-1000" / path.name
+        assert written.read_bytes() == path.read_bytes()
 
 
-def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+def test_existing_file_is_never_overwritten(tmp_path: Path, capsys) -> None:
     target = tmp_path / "lra_release" / "listops-1000" / "basic_val.tsv"
     target.parent.mkdir(parents=True)
     target.write_text("precious")
-    done = run_command("--out", tmp_path, "--seed", 0)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "exists; remove it or choose another" in done.stderr
-    assert str(target.parent) in done.stderr
+    assert generate_lra.main(["listops", "--out", str(tmp_path), "--seed", "0"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(target.parent) in message
+    assert "exists; remove it or choose another" in message
     assert files_under(tmp_path) == [target] and target.read_text() == "precious"
 
 
@@ -318,13 +303,10 @@ def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     ("options", "named"),
     [
         (["--train", "0"], "train"),
-        (["--val", "-1"], "val"),
-        (["--test", "0"], "test"),
         (["--train", "many"], "--train"),
         (["--workers", "0"], "workers"),
         (["--seed", "-1"], "seed"),
         (["--min_length", "0"], "min_length"),
-        (["--min_length", "900", "--max_length", "901"], "max_length"),
         (["--min_length", "1", "--max_length", "4"], "max_length"),
         (["--color", "red"], "--color"),
     ],
@@ -350,43 +332,26 @@ def test_request_for_more_than_exists_ends(tmp_path: Path) -> None:
     assert not files_under(tmp_path)
 
 
-@pytest.mark.parametrize("failing_call", ["replace", "fsync", "sync", "rename"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_failure_leaves_no_file(
-    failing_call: str, error: BaseException, tmp_path: Path, monkeypatch
-) -> None:
+def test_failure_leaves_no_file(error: BaseException, tmp_path: Path, monkeypatch) -> None:
     def fail(*_) -> None:
         raise error
 
-    monkeypatch.setattr(os, failing_call, fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(type(error)):
         generate_listops(tmp_path, seed=0, train=5, val=5, test=5, workers=1)
     assert not files_under(tmp_path)
 
 
-def test_full_disk_exits_2_with_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    """A limit on the size of files makes the writes themselves fail, as a full disk does."""
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    done = run_command(
-        "--out", tmp_path, "--seed", 0, "--train", 500, "--workers", 2, preexec_fn=limit
+def test_ctrl_c_leaves_no_file_and_no_worker(tmp_path: Path) -> None:
+    process = start_process(
+        "generate_lra.py", "listops", "--out", tmp_path, "--seed", 0, "--workers", 2,
+        cwd=tmp_path, start_new_session=True,
     )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
-    assert not files_under(tmp_path)
-
-
-@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_leaves_no_file(signal_number: int, status: int, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("--out", tmp_path, "--seed", 0, "--workers", 2), stderr=subprocess.PIPE, text=True
-    )
-    give_up = time.monotonic() + 30
     # Rows on the disk: all processes are at work.
-    while not any(path.stat().st_size for path in tmp_path.rglob("*.tsv")):
-        assert process.poll() is None and time.monotonic() < give_up
-        time.sleep(0.05)
-    process.send_signal(signal_number)
-    _, message = process.communicate(timeout=30)
-    assert process.returncode == status
+    wait_for(process, lambda: any(path.stat().st_size for path in tmp_path.rglob("*.tsv")))
+    os.killpg(process.pid, signal.SIGINT)
+    _, message = process.communicate(timeout=60)  # workers hold the pipe as long as they live
+    assert process.returncode == 130
     assert "Traceback" not in message
     assert not files_under(tmp_path)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused, finished, start_process, tiny_config, write_config
-from test_readers import small_config, write_cifar10, write_imdb, write_pathfinder32
+from conftest import ROOT, assert_refused, tiny_config, write_config
+from test_readers import small_config, write_imdb
 
 from data.layout import LAYOUTS, recorded_split
 from data.listops import generate_listops
@@ -76,22 +76,17 @@ def test_a_partial_copy_does_not_hide_a_complete_one(data, no_generation):
     assert reader.folder == data / "lra_release" / LISTOPS and len(splits["val"]) == 20
 
 
-@pytest.mark.parametrize("inside", [
-    "lra_release", "lra_release/lra_release", "lra_release/lra_release/listops-1000",
-])
+@pytest.mark.parametrize("inside", ["lra_release", "lra_release/lra_release/listops-1000"])
 def test_data_dir_may_be_the_official_folder_itself(data, inside, no_generation):
     before = sorted(data.rglob("*"))
     _, splits = loaded(tiny_config(data_dir=str(data / inside), cache_dir=str(data.parent / "c")))
     assert len(splits["train"]) == 40 and sorted(data.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("dataset", "write", "inside"), [
-    ("imdb_lra", write_imdb, "aclImdb"), ("cifar10", write_cifar10, "cifar-10-batches-py"),
-    ("pathfinder32", write_pathfinder32, "lra_release/lra_release/pathfinder32"),
-])
-def test_data_dir_may_be_the_folder_of_one_data_set(dataset, write, inside, tmp_path):
-    write(tmp_path)
-    _, splits = loaded(small_config(dataset, tmp_path / inside, cache_dir=str(tmp_path / "c")))
+def test_data_dir_may_be_the_folder_of_one_data_set(tmp_path):
+    write_imdb(tmp_path)
+    changes = {"cache_dir": str(tmp_path / "c")}
+    _, splits = loaded(small_config("imdb_lra", tmp_path / "aclImdb", **changes))
     assert len(splits["train"]) > 0
 
 
@@ -113,7 +108,7 @@ def test_generated_data_are_measured_by_their_own_record(data):
     assert "35 of 40 train examples" in reader.missing()
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b'{"counts": 5}', b'{"counts": {"a": "x"}}'])
+@pytest.mark.parametrize("record", [b"", b"[]", b'{"counts": {"a": "x"}}'])
 def test_a_damaged_record_marks_data_as_generated_and_does_no_harm(record, data):
     (data / "lra_release" / LISTOPS / "GENERATED.json").write_bytes(record)
     reader, _ = loaded(tiny_config(data_dir=str(data)))
@@ -122,7 +117,9 @@ def test_a_damaged_record_marks_data_as_generated_and_does_no_harm(record, data)
 
 @pytest.mark.parametrize("split", ["baseline", "intermediate", "hard"])
 def test_the_tested_pathfinder_split_is_named(split, tmp_path):
-    generate_pathfinder(tmp_path, seed=0, split=split, images=20, workers=1)
+    folder = generate_pathfinder(tmp_path, seed=0, split=split, images=20, workers=1)
+    if split == "baseline":  # by its other name
+        folder.rename(folder.with_name("curv_contour_length_6"))
     reader, _ = loaded(small_config("pathfinder32", tmp_path, pathfinder_split=split))
     assert reader.origin() == f"generated, {split} split"
 
@@ -147,13 +144,6 @@ def test_without_a_record_the_metadata_name_the_split_or_it_is_unknown(tmp_path)
     assert reader.origin() == "downloaded, incomplete, unknown split"
 
 
-def test_the_baseline_split_may_be_named_by_its_contour_length(tmp_path):
-    folder = generate_pathfinder(tmp_path, seed=0, split="baseline", images=20, workers=1)
-    folder.rename(folder.with_name("curv_contour_length_6"))
-    reader, _ = loaded(small_config("pathfinder32", tmp_path, pathfinder_split="baseline"))
-    assert reader.origin() == "generated, baseline split"
-
-
 def test_a_curriculum_is_tested_on_the_hard_split_and_trains_on_both(tmp_path):
     for split in ("baseline", "hard"):
         generate_pathfinder(tmp_path, seed=0, split=split, images=40, workers=1)
@@ -166,13 +156,6 @@ def test_a_curriculum_is_tested_on_the_hard_split_and_trains_on_both(tmp_path):
 def test_every_layout_has_a_file_or_folder_for_each_expected_count():
     for layout in LAYOUTS.values():
         assert len(layout.expected) == len(layout.parts)
-
-
-def test_some_missing_files_are_an_error_that_names_one(data, tmp_path):
-    (data / "lra_release" / LISTOPS / "basic_val.tsv").unlink()
-    config = write_config(tmp_path, data)
-    result = finished(start_process("run_train.py", "--config", config, cwd=tmp_path))
-    assert_refused(result, "basic_val.tsv", "missing")
 
 
 def test_an_accented_path_in_the_c_locale_names_the_locale_and_not_the_yaml(data, tmp_path):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_config
 
+import generate_lra
 from data.packing import load_splits
 from data.review_pairs import cut, generate_review_pairs
+from lra_config import make_config
 from lra_datasets import open_dataset
 
 REVIEWS = 60  # per sentiment and part
@@ -98,14 +97,12 @@ def test_the_record_and_the_reader_call_it_a_substitute(data):
     assert len(load_splits(reader)["val"]) == record["counts"]["eval"]
 
 
-def test_the_command_line_writes_the_same_bytes_and_names_what_is_missing(data, tmp_path):
-    command = [sys.executable, str(ROOT / "generate_lra.py"), "review_pairs", "--seed", "0"]
-    subprocess.run([*command, "--out", tmp_path, "--imdb", data / "aclImdb"], check=True)
+def test_the_command_line_writes_the_same_bytes_and_names_what_is_missing(data, tmp_path, capsys):
+    command = ["review_pairs", "--seed", "0", "--out"]
+    assert generate_lra.main([*command, str(tmp_path), "--imdb", str(data / "aclImdb")]) == 0
     for split in PARTS:
         assert rows(tmp_path, split) == rows(data, split)
-    missing = subprocess.run(
-        [*command, "--out", tmp_path / "none"], capture_output=True, text=True
-    )
-    assert missing.returncode == 2
-    assert missing.stderr.count("\n") == 1 and "get_lra_data.sh imdb" in missing.stderr
+    assert generate_lra.main([*command, str(tmp_path / "none")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "get_lra_data.sh imdb" in message
     assert not (tmp_path / "none" / "lra_release").exists()
