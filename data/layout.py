@@ -72,8 +72,8 @@ class Layout(NamedTuple):
 
     def is_present(self, folder: Path) -> bool:
         """Whether a folder holds any of the files. An empty folder does not."""
-        places = [folder / name for names in self.parts.values() for name in names]
-        return any(place.is_file() or names_in(place) for place in places)
+        paths = [folder / name for names in self.parts.values() for name in names]
+        return any(path.is_file() or names_in(path) for path in paths)
 
     def find(self, root: str | Path) -> Path:
         """Return the first complete folder, else the first with any file, else the usual one."""
@@ -88,9 +88,8 @@ class Layout(NamedTuple):
 
     def expected_counts(self, folder: Path) -> list[int]:
         """Return the examples that each part should have: by the data's own record, if any."""
-        recorded = (generation_record(folder) or {}).get("counts")
-        values = list(recorded.values()) if isinstance(recorded, dict) else self.expected
-        return [value for value in values if isinstance(value, int)][: len(self.parts)]
+        recorded = (generation_record(folder) or {}).get("counts", {})
+        return list(recorded.values() or self.expected)[: len(self.parts)]
 
     def is_complete(self, folder: Path, counts: list[int] | None = None) -> bool:
         """Whether each part has as many examples as it should; `counts` if they are known."""
@@ -154,10 +153,9 @@ def generation_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def recorded_split(folder: Path) -> str:

