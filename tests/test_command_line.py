@@ -152,7 +152,7 @@ def test_a_sweep_that_cannot_work_is_refused_before_it_starts(tmp_path, listops_
     with pytest.raises(ConfigError, match="share runs/run_seed1"):
         load_runs(path, ["seed=1,1"])
     assert_refused(
-        run_cli("--config", path, "seed=0,1", "--eval_only", cwd=tmp_path), "seed=0,1"
+        run_cli("--config", path, "seed=0,1", "--eval_only", cwd=tmp_path), "seed has 2 values"
     )
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/run_seed0").write_text("in the way")

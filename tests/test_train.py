@@ -180,8 +180,10 @@ def test_a_run_begun_anew_keeps_nothing_of_the_one_before(tmp_path, listops_dir,
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, trained, monkeypatch):
     first = trained / "runs/run"
-    changes = {"pooling": "memory", "astro_mem": False, "seed": 1, "max_steps": 4}
-    changes["initial_checkpoint"] = str(first / "model.safetensors")
+    changes = {
+        "pooling": "memory", "astro_mem": False, "seed": 1, "max_steps": 4, "eval_interval": 2,
+        "initial_checkpoint": str(first / "model.safetensors"),
+    }
     config = run_config(tmp_path, listops_dir, "full", **changes)
     begun = prepare(config, resume=False).model.state_dict()
     weights = checkpoint.load(first / "best.pt")["model"]
