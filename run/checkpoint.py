@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -76,15 +76,23 @@ class Best(TrainedModel):
     val_accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
+def _by_name(optimizer: Any) -> Any:
+    """Return state_dicts by optimizer; before Muon existed, a checkpoint held AdamW's alone."""
+    alone = isinstance(optimizer, dict) and "param_groups" in optimizer
+    return {"adamw": optimizer} if alone else optimizer
+
+
 @validated(config=SCHEMA, kw_only=True)
 class TrainingState(TrainedModel):
     """A `last.pt`: everything that an uninterrupted run would have at that step."""
 
-    optimizer: dict[str, dict[str, Any]]  # state_dicts by the optimizer's name
+    # state_dicts by the optimizer's name
+    optimizer: Annotated[dict[str, dict[str, Any]], BeforeValidator(_by_name)]
     scaler: dict[str, float | int]  # of float16
-    precision: str = "float32"
+    # Checkpoints that do not name one were trained in float32.
+    precision: Annotated[str, BeforeValidator(lambda name: name or "float32")] = "float32"
     processes: Annotated[int, Field(ge=1)]
-    data: str  # digest of the data
+    data: str | None = None  # digest of the data; unknown in old checkpoints
     running: Tensor  # (3,) sums of loss, correct answers and tokens since the last line of the log
     progress: Progress
 
@@ -130,8 +138,9 @@ def save(path: Path, state: TrainedModel | dict[str, Any]) -> None:
             torch.save(state, handle)
     except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        previous = "the previous checkpoint is kept" if path.exists() else "no checkpoint exists"
         raise CheckpointError(
-            f"{path}: could not be written ({first_line(reason)}); a previous checkpoint is kept"
+            f"{path}: could not be written ({first_line(reason)}); {previous}"
         ) from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from huggingface_hub import EvalResult, ModelCardData, ModelHubMixin, snapshot_download
 from pydantic import TypeAdapter
 
@@ -57,11 +58,16 @@ class HubMixin(ModelHubMixin, license="mit", paper_url=PAPER):
             write_json(save_directory / "summary.json", self.summary)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
+    def from_pretrained(
+        cls, source: str | Path, *, config: Config | dict[str, Any] | None = None,
+        torch_dtype: torch.dtype | None = None, **options: Any,
+    ) -> Any:
         """Load exported weights.
 
         Args:
             source: a folder, or the name of a model on the Hub.
+            config: the configuration, or keys of it, in place of those of `config.json`.
+            torch_dtype: of the parameters; None: float32.
             options: of the download, as `snapshot_download` takes them; all others are keys of the
                 configuration, such as `precision="bfloat16"`.
         Raises:
@@ -81,13 +87,14 @@ class HubMixin(ModelHubMixin, license="mit", paper_url=PAPER):
         weights, summary = folder / "model.safetensors", folder / "summary.json"
         saved = checkpoint.read(weights)
         values = make_config(saved.config, str(folder / "config.json")).model_dump()
-        model = cls(make_config({**values, **options}), saved.vocabulary)
+        changes = config.model_dump() if isinstance(config, Config) else dict(config or {})
+        model = cls(make_config({**values, **changes, **options}), saved.vocabulary)
         with checkpoint.fitting(weights):
             model.load_state_dict(saved.model)
         if summary.exists():
             with checkpoint.readable(summary):
                 model.summary = read_json(summary, TypeAdapter(dict[str, Any]))
-        return model.eval()
+        return model.to(torch_dtype).eval()
 
 
 def export(state: dict[str, Any], folder: Path, summary: dict[str, Any] | None) -> None:

@@ -66,7 +66,12 @@ def test_weights_of_no_finished_run_claim_no_accuracy(tmp_path):
     assert RMAAT.from_pretrained(tmp_path).summary is None
 
 
-def test_from_pretrained_takes_keys_of_the_configuration(run):
+def test_from_pretrained_takes_a_configuration_or_single_keys(run):
+    config = RMAAT.from_pretrained(run).config
+    changed = RMAAT.from_pretrained(run, config=config, precision="bfloat16")
+    assert changed.config == config.model_copy(update={"precision": "bfloat16"})
+    assert RMAAT.from_pretrained(run, config={"precision": "float16"}).precision == "float16"
+    assert RMAAT.from_pretrained(run, torch_dtype=torch.float64).memory.dtype == torch.float64
     assert RMAAT.from_pretrained(run, precision="bfloat16").precision == "bfloat16"
 
 

@@ -126,8 +126,10 @@ def test_a_checkpoint_of_an_earlier_version_resumes_to_the_same_end(run, listops
     config = state["config"]
     config |= {"hebbian_scale": config.pop("hebbian_divisor"), "max_minutes": None,
                "position_basis": "localised", "on_nonfinite": "stop"}
-    del config["basis_init"]
-    torch.save(state, run / "last.pt")
+    del config["basis_init"], state["precision"], state["data"]
+    del state["progress"]["validation_due"]
+    state["progress"]["skipped_steps"] = 0
+    torch.save({**state, "optimizer": state["optimizer"]["adamw"]}, run / "last.pt")
     assert train(config_of(listops_dir, run.parent), resume=True).steps == 12
     weights, full = (
         checkpoint.load(folder / "last.pt")["model"] for folder in (run, tmp_path / "full/run")
