@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import run.program  # noqa: F401 - before all others, as it refuses foreign modules
 from data.packing import DataError, PackedSplit, Tokenizer, load_splits
 from data.tasks import ByteTokenizer, WordTokenizer
 from dataloader import collate, evaluation_batches

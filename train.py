@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import run.program  # noqa: F401 - before all others, as it refuses foreign modules
 from data.packing import DataError, PackedSplit, Reader, digest, holds_out_by_seed, load_splits
 from dataloader import Batch, evaluation_batches, training_batches
 from lra_config import Config, ConfigError
@@ -190,7 +191,7 @@ def prepare(config: Config, resume: bool) -> Run:
     state = processes.first_alone(lambda: saved_state(config, resume))
     reader, splits, stages = processes.first_alone(lambda: load_data(config))
     data_digest = digest(splits, stages)
-    if state is not None and state.data != data_digest:
+    if state is not None and state.data not in (None, data_digest):
         raise DataError(
             f"{config.data_dir}: {config.dataset} differs from the data that "
             f"{config.run_dir / 'last.pt'} was trained on; restore it, or set another run_name"
