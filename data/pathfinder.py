@@ -72,6 +72,19 @@ def _write_images(
     return counts
 
 
+def metadata_columns(difficulty: pathfinder_scenes.Difficulty) -> dict[str, float]:
+    """Return the generation parameters that close every row of the official metadata."""
+    return {
+        "continuity": pathfinder_scenes.CONTINUITY,
+        "contour_length": difficulty.contour_length,
+        "distractor_length": difficulty.distractor_length,
+        "paddle_length": int(pathfinder_scenes.PADDLE_LENGTH),
+        "paddle_thickness": pathfinder_scenes.PADDLE_THICKNESS,
+        "paddle_margin": int(pathfinder_scenes.PADDLE_MARGIN),
+        "num_paddle_contrasts": 1,  # paddle contrasts to choose from
+    }
+
+
 def generate_pathfinder(
     out: str | Path,
     *,
@@ -102,17 +115,7 @@ def generate_pathfinder(
     if split not in pathfinder_scenes.DIFFICULTIES:
         raise ValueError(f"split={split} is none of {', '.join(pathfinder_scenes.DIFFICULTIES)}")
     difficulty = pathfinder_scenes.DIFFICULTIES[split]
-    # The columns of the official files: the last one counts the paddle contrasts to choose from.
-    columns = {
-        "continuity": pathfinder_scenes.CONTINUITY,
-        "contour_length": difficulty.contour_length,
-        "distractor_length": difficulty.distractor_length,
-        "paddle_length": int(pathfinder_scenes.PADDLE_LENGTH),
-        "paddle_thickness": pathfinder_scenes.PADDLE_THICKNESS,
-        "paddle_margin": int(pathfinder_scenes.PADDLE_MARGIN),
-        "num_paddle_contrasts": 1,
-    }
-
+    columns = metadata_columns(difficulty)
     target = Path(out, split_layout(split).paths[0])
     chunk = functools.partial(pathfinder_chunk, seed=seed, split=split, images=images)
     num_chunks = -(-images // CHUNK_IMAGES)
