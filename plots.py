@@ -12,12 +12,13 @@ RUN is a folder that `run_train.py` wrote; `--out FILE` names the figure.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from data.tasks import ByteTokenizer
 from lra_config import Config, load_config
-from run.files import atomic_write
+from run.files import atomic_write, write_json
 from run.log import read_metrics
 from run.program import Parser, UserError, log_line, one_line, run_program
 from tables import ACCURACY, SYSTEMS, TASKS
@@ -37,6 +38,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
     from model import RMAAT
 
 ROOT = Path(__file__).parent
+FIGURES = Path("results/figures")
+SOURCES = "sources.json"  # in FIGURES: the SHA-256 of each figure's input files
 
 STYLE = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
@@ -360,27 +363,51 @@ def astrocyte_figure() -> Figure:
     return figure
 
 
-def draw_all() -> None:
-    """Redraw every figure of `results/figures`."""
-    results = ROOT / "results"
+def committed_figures(root: Path = ROOT) -> Iterator[tuple[str, list[Path], Callable[[], Figure]]]:
+    """Yield the name of each figure of `results/figures`, its input files and how to draw it."""
+    results = root / "results"
+    listops = results / "listops/rmaat"
+    weights = [listops / "model.safetensors", listops / "config.json"]
+    expression = "[MAX 2 9 [MIN 4 7 ] 0 ]"
+    yield "attention.png", weights, lambda: draw_attention(listops, expression)
+    yield "astrocyte.png", [], astrocyte_figure
+    memory = [results / "benchmark/memory_cpu.json"]
+    yield "memory.png", memory, lambda: memory_figure(memory)
     runs = {
-        task: {
-            system: sorted((results / task / "equal" / system).glob("seed*"))
-            for system in reversed(SYSTEMS)
-        }
+        task: {system: sorted((results / task / "equal" / system).glob("seed*"))
+               for system in reversed(SYSTEMS)}
         for task in TASKS
     }
-    expression = "[MAX 2 9 [MIN 4 7 ] 0 ]"
-    figures = {
-        "accuracy": lambda: accuracy_figure(runs),
-        "attention": lambda: draw_attention(results / "listops/rmaat", expression),
-        "memory": lambda: memory_figure([results / "benchmark/memory_cpu.json"]),
-        "astrocyte": astrocyte_figure,
+    files = [folder / name for systems in runs.values() for folders in systems.values()
+             for folder in folders for name in ("config.yaml", "summary.json")]
+    yield "accuracy.png", files, lambda: accuracy_figure(runs)
+
+
+def digests(files: Sequence[Path], root: Path = ROOT) -> dict[str, str]:
+    """Return the SHA-256 of each file, by its path below `root`."""
+    return {
+        str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
     }
-    for name, draw in figures.items():
-        path = results / "figures" / f"{name}.png"
-        write_figure(path, draw)
-        log_line(str(path))
+
+
+def draw_all(root: Path = ROOT) -> None:
+    """Redraw every figure of `results/figures` and record the digests of the input files."""
+    sources = {}
+    for name, files, draw in committed_figures(root):
+        write_figure(root / FIGURES / name, draw)
+        sources[name] = digests(files, root)
+        log_line(f"{FIGURES / name}")
+    write_json(root / FIGURES / SOURCES, sources)
+
+
+def stale_figures(root: Path = ROOT) -> list[str]:
+    """Return the figures of `results/figures` whose input files changed after they were drawn."""
+    recorded = json.loads((root / FIGURES / SOURCES).read_text())
+    return [
+        name for name, files, _ in committed_figures(root)
+        if recorded.get(name) != digests(files, root) or not (root / FIGURES / name).is_file()
+    ]
 
 
 def parse_arguments() -> argparse.Namespace:
