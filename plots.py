@@ -300,18 +300,17 @@ def position_names(config: Config, ids: Sequence[int]) -> list[str]:
 
 
 def memory_figure(files: Sequence[Path]) -> Figure:
-    """Draw a step's peak memory over its time, a line per system with a marker per length.
+    """Draw a step's peak memory over the length of the sequence, one line per system.
 
     Raises:
         UserError: a file is not what `benchmark.py memory --json` writes.
     """
-    lines: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for file in files:
         try:
             for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
                 if "error" not in row:
-                    point = row["step_seconds"], row["peak_mib"], row["seq_len"]
-                    lines[row["system"]].append(point)
+                    lines[row["system"]].append((row["seq_len"], row["peak_mib"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{file}: holds no rows of `benchmark.py memory`; measure with --json {file}"
@@ -319,17 +318,12 @@ def memory_figure(files: Sequence[Path]) -> Figure:
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     for number, (system, points) in enumerate(lines.items()):
-        seconds, peaks, lengths = zip(*sorted(points, key=lambda p: p[2]), strict=True)
-        axes.plot(seconds, peaks, label=system, **line_style(number))
-        if number == 0:  # the other markers follow in the same order
-            for *point, length in zip(seconds, peaks, lengths, strict=True):
-                axes.annotate(
-                    f"{length:,}", point, xytext=(0, -13), textcoords="offset points",
-                    fontsize="x-small", ha="center",
-                )
-    axes.set(xscale="log", yscale="log", ylabel="peak memory of a step (MiB)")
-    axes.set_xlabel("time of a step (s); a marker per length, in tokens")
-    axes.margins(x=0.12, y=0.12)
+        axes.plot(*zip(*sorted(points), strict=True), label=system, **line_style(number))
+    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)")
+    axes.set_ylabel("peak memory of a training step (MiB)")
+    lengths = sorted({length for points in lines.values() for length, _ in points})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xticks([], minor=True)
     axes.legend()
     return figure
 
