@@ -84,7 +84,7 @@ class Data(Group):
 
     dataset: Model[Dataset]  # the task; see docs/data.md
     data_dir: Local[str] = "datasets"  # folder that holds the data sets
-    # Folder of the packed data; null: .cache inside data_dir
+    # Folder of the packed data; null: .cache inside data_dir, or the user's cache folder
     cache_dir: Local[str | None] = None
     # pathfinder32: contours of 6, 9 or 14 paddles. A curriculum maps each split to the step from
     # which it is used; it ends with the hard split and is evaluated on it

@@ -24,6 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+# Before matplotlib is imported: a notebook's kernel may pass on a backend that is not installed.
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "agg"
+
 from data.tasks import ByteTokenizer
 from lra_config import Config, load_config
 from run.files import atomic_write, write_json

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.reader import DataError, Reader
 from lra_config import Config
 from run.files import atomic_folder
-from run.program import one_line
+from run.program import note, one_line
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1  # share of the examples that a missing validation or test split is made of
@@ -112,6 +112,11 @@ def fingerprint(paths: list[Path], **key: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def user_cache() -> Path:
+    """Return the folder for data_dirs that cannot be written: ~/.cache/rmaat by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rmaat")
+
+
 def _is_writable(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,18 +126,26 @@ def _is_writable(folder: Path) -> bool:
 def cached(config: Config, name: str, make: Callable[[Path], None]) -> Path:
     """Return the folder `name` of the cache, made by `make(folder)` if it is missing.
 
-    The cache is `cache_dir`, by default `data_dir`/.cache.
+    The cache is `cache_dir`. By default it is `data_dir`/.cache, and for entries that cannot be
+    written there the user's cache folder. The entries in both are used.
 
     Raises:
-        DataError: it is missing and cannot be written.
+        DataError: no cache folder can be written.
     """
-    cache = Path(config.cache_dir or Path(config.data_dir, ".cache"))
-    if not (cache / name).is_dir():
-        if not _is_writable(cache):
-            raise DataError(f"{cache}: cannot be written; set cache_dir to a folder that can")
-        with contextlib.suppress(FileExistsError), atomic_folder(cache / name, "packs it") as made:
-            make(made)
-    return cache / name
+    inside = Path(config.data_dir, ".cache")
+    caches = [Path(config.cache_dir)] if config.cache_dir else [inside, user_cache()]
+    for folder in caches:
+        if (folder / name).is_dir():
+            return folder / name
+    cache = next((folder for folder in caches if _is_writable(folder)), None)
+    if cache is None:
+        raise DataError(f"{caches[-1]}: cannot be written; set cache_dir to a folder that can")
+    if cache != caches[0]:
+        note(f"{inside} cannot be written: packed data go to {cache}, or to a cache_dir")
+    target = cache / name
+    with contextlib.suppress(FileExistsError), atomic_folder(target, "packs it") as folder:
+        make(folder)
+    return target
 
 
 def _load_part(reader: Reader, part: str) -> tuple[PackedSplit, int]:

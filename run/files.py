@@ -104,7 +104,9 @@ def locked(path: str | Path, work: str, advice: str = "", *, wait: bool = False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        holder = path.read_text(encoding="utf-8", errors="replace")[:100] or "another process"
+        holder = "another process"
+        with contextlib.suppress(OSError):  # it has just ended
+            holder = path.read_text(encoding="utf-8", errors="replace")[:100] or holder
         if not wait:
             raise UserError(
                 f"{path}: {holder} {work}; wait until it has ended{advice}", alone=True

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +108,12 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(tmp_path, arguments, words):
     error = result.stderr.splitlines()[-1]
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_backend_that_a_notebook_left_behind_does_not_prevent_a_figure(tmp_path):
+    shutil.copy(RUN / "metrics.jsonl", tmp_path)
+    shutil.copy(RUN / "config.yaml", tmp_path)
+    program = f"import plots; plots.write_curves({str(tmp_path)!r})"
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **backend})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

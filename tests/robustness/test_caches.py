@@ -17,8 +17,9 @@ from lra_datasets import open_dataset
 
 
 @pytest.fixture
-def data(tmp_path: Path, listops_dir: Path) -> Path:
-    """A private copy of the small data, packed."""
+def data(tmp_path: Path, listops_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private copy of the small data, packed, and an empty cache of the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     target = tmp_path / "datasets"
     shutil.copytree(listops_dir, target, ignore=shutil.ignore_patterns(".cache"))
     load(target)
@@ -51,11 +52,23 @@ def packed(cache: Path) -> list[str]:
 PARTS = ["listops-test", "listops-train", "listops-val"]
 
 
-def test_a_read_only_cache_is_used_and_a_missing_entry_asks_for_cache_dir(data, monkeypatch):
+def test_a_read_only_cache_is_used(data, tmp_path, monkeypatch, capsys):
     make_read_only(data, monkeypatch)
     assert len(load(data)["val"]) == 20
-    line = refusal(lambda: load(data, max_seq_len=48))  # nobody has packed it for this length
-    assert str(data / ".cache") in line and "set cache_dir" in line
+    assert capsys.readouterr().err == "" and not (tmp_path / "home").exists()
+
+
+def test_packing_for_read_only_data_goes_to_the_users_cache_and_says_so(
+    data, tmp_path, monkeypatch, capsys
+):
+    make_read_only(data, monkeypatch)
+    load(data, max_seq_len=48)  # nobody has packed it for this length
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(data / ".cache") in line and "cache_dir" in line
+    assert packed(tmp_path / "home" / "rmaat") == PARTS
+    assert packed(data / ".cache") == PARTS
+    load(data, max_seq_len=48)
+    assert capsys.readouterr().err == ""
 
 
 def test_cache_dir_names_the_cache(data, tmp_path):
