@@ -90,7 +90,7 @@ class Data(Group):
     # which it is used; it ends with the hard split and is evaluated on it
     pathfinder_split: PathfinderSplit | dict[PathfinderSplit, Count] = "hard"
     download: Execution[bool] = False  # fetch CIFAR-10 or IMDb if they are missing
-    max_seq_len: Model[Size]  # L, after padding to full segments; null: of the task
+    max_seq_len: Model[Size]  # L, padded to full segments; null: the task's length
     document_pair: Model[Literal["joint", "separate"]] = "joint"  # aan: one or two sequences
     bucket_by_length: bool = False  # batches of similar length: less padding, same epochs
 
@@ -149,12 +149,13 @@ class Data(Group):
 class Segments(Group):
     """The recurrence over segments and its memory."""
 
-    num_segments: Model[Size]  # T; null: of the task (paper: 2, 4, 8 or 16)
+    num_segments: Model[Size]  # T; null: the task's default (paper: 2, 4, 8 or 16)
     num_memory_tokens: Model[Count] = 1  # M; 0 is the no-memory ablation
     astro_mem: Model[bool] = True  # retention factor on the memory (paper); false: 1
     memory_replay_backprop: bool = True  # AMRB (paper); false: BPTT
-    # AMRB replays all T segments (paper), all but those whose activations fit into memory (auto),
-    # or this many, and keeps the activations of the others; the gradients are the same
+    # Segments that AMRB runs twice. all (paper): all but the last, whose activations are kept;
+    # auto: those whose activations do not fit into memory; a number: the first ones. The gradients
+    # do not depend on it
     replay_segments: Execution[Literal["all", "auto"] | Count] = "all"
 
     @property
@@ -197,7 +198,7 @@ class Encoder(Group):
     """
 
     dim: Model[Size] = 64  # D, width of the encoder
-    num_layers: Model[Size] = 2
+    num_layers: Model[Size] = 2  # layers of the encoder
     num_heads: Model[Size] = 2  # H, a divisor of dim
     ffn_dim: Model[Size] = 128  # width of the feed-forward block
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # after embedding, attention, feed-forward
@@ -275,7 +276,8 @@ class Attention(Group):
     neighbor_offsets: Annotated[list[Offset], Field(max_length=1000)] = [-1, 1]
     # With basis_init=neighbors: digits of the position code; more leave more features to tokens
     neighbor_code_digits: Model[Annotated[int, Field(ge=2, le=8)]] = 2
-    position_lr_factor: Positive = 3.0  # learning rate of B over that of the rest; unpublished
+    # Learning rate of B, as a multiple of learning_rate; unpublished
+    position_lr_factor: Positive = 3.0
     nystrom_landmarks: Model[Size] = 64  # with attention_type=nystrom
     nystrom_conv: Model[Count] = 35  # width of its convolution, odd; 0: off
 
@@ -350,14 +352,14 @@ class Optimization(Group):
     target_accuracy: Adjustable[Annotated[float, Field(gt=0, le=1)] | None] = None
     # muon: torch.optim.Muon for the matrices of the layers, AdamW for the rest; unpublished
     optimizer: Literal["adamw", "muon"] = "adamw"
-    muon_lr_factor: Positive = 3.0  # learning rate of Muon over that of AdamW
+    muon_lr_factor: Positive = 3.0  # learning rate of Muon, as a multiple of AdamW's
     learning_rate: Positive = 1e-3  # peak of the schedule
     warmup_steps: Count = 200  # linear rise from 0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up, to 0
-    weight_decay: NonNegative = 0.01  # of matrices, not of embeddings, norms, biases and B
+    weight_decay: NonNegative = 0.01  # not on embeddings, norms, biases and B
     grad_clip: NonNegative = 1.0  # largest global norm of the gradient; 0: off
     eval_interval: Adjustable[Size] = 250  # steps between validations
-    seed: Count = 0  # of weights, order, dropout and held-out examples
+    seed: Count = 0  # for weights, order, dropout, held-out examples
 
     @property
     def last_step(self) -> int:
@@ -390,7 +392,7 @@ class ExecutionKeys(Group):
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Role(outcome=False, local=True, may_change=True)
     ] = "auto"
-    # auto: on CUDA bfloat16, or float16 where it has none; long CPU runs bfloat16 where it is fast
+    # auto: bfloat16 on CUDA (float16 if unsupported) and in long CPU runs if it is fast there
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # fused: the equations with a written-out gradient; reference: attention/equations.py itself
     attention_backend: Execution[Literal["auto", "reference", "fused"]] = "auto"
@@ -407,7 +409,7 @@ class Logging(Group):
     log_interval: Execution[Size] = 10  # steps between lines of metrics.jsonl
     log_internals: Execution[bool] = False  # gradient norm, smallest C, norms of the memories
     wandb: Local[bool] = False  # mirror the log to Weights & Biases
-    wandb_project: Local[str] = "rmaat"
+    wandb_project: Local[str] = "rmaat"  # project in Weights & Biases
     wandb_run_name: Local[str | None] = None  # null: run_name
 
     @property
