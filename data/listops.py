@@ -23,6 +23,7 @@ OPERATORS = ("MIN", "MAX", "MED", "SM")
 MAX_DEPTH = 10  # depth of the root is 1; at this depth every node is a digit
 OPERATOR_PROBABILITY = 0.25
 MIN_ARGS, MAX_ARGS = 2, 10
+SHORTEST_TREE = 2 + MIN_ARGS  # an operator, its bracket and the fewest digits
 
 # Part of the format: another size assigns other candidates to a random stream.
 CHUNK_CANDIDATES = 4096
@@ -211,6 +212,17 @@ def _write_split(path: Path, rows: Iterable[bytes], progress: tqdm) -> str:
     return digest.hexdigest()
 
 
+def _check_lengths(min_length: int, max_length: int) -> None:
+    """Raise ValueError, naming the option, for bounds with no sequence between them."""
+    shortest = max(min_length + 1, SHORTEST_TREE)
+    if max_length <= shortest:
+        raise ValueError(
+            f"max_length={max_length} leaves no sequence with min_length={min_length}: lengths lie "
+            f"strictly between the two and the shortest is {shortest}; "
+            f"max_length must be at least {shortest + 1}"
+        )
+
+
 def generate_listops(
     out: str | Path,
     *,
@@ -243,6 +255,7 @@ def generate_listops(
     counts = {"train": train, "val": val, "test": test}
     lengths = {"min_length": min_length, "max_length": max_length}
     check_numbers(seed, **counts, workers=workers, min_length=min_length)
+    _check_lengths(min_length, max_length)
 
     target = Path(out, LAYOUT.paths[0])
     names = {split: LAYOUT.parts[split][0] for split in counts}

@@ -214,14 +214,22 @@ def fitting(path: Path) -> Iterator[None]:
 def claimed(folder: Path) -> Iterator[None]:
     """Create a run's folder, and reserve it for this process while the body runs.
 
+    A folder that is still empty afterwards is removed again.
+
     Raises:
         UserError: another process trains there.
     """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "run.lock", "trains there", ", or set another run_name"):
-        for stale in folder.glob("*.part"):  # of a process that was killed
-            stale.unlink()
-        yield
+    try:
+        with locked(folder / "run.lock", "trains there", ", or set another run_name"):
+            for stale in folder.glob("*.part"):  # of a process that was killed
+                stale.unlink()
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                path.rmdir()
 
 
 def check_unclaimed(config: Config) -> None:
@@ -285,6 +293,7 @@ def begin_folder(config: Config, *, anew: bool) -> None:
     Raises:
         UserError: the log of the run to resume is damaged.
     """
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     if anew:
         for name in RUN_FILES:
             (config.run_dir / name).unlink(missing_ok=True)

@@ -155,6 +155,9 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
 
     An error that the user can correct has the status 2, SIGINT 130 and SIGTERM 143.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # characters that the locale lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body() or 0
     except UserError as error:
@@ -162,6 +165,9 @@ def run_program(name: str, body: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of the output needs no more of it
         discard_output()
         return 0
+    except UnicodeEncodeError as error:
+        reason = f"{error.object[:200]} cannot be a file name in the locale's {error.encoding}"
+        return fail(name, f"{reason}; set PYTHONUTF8=1", 2)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror or error}" if error.filename else error
         advice = "free some space" if error.errno == errno.ENOSPC else "name another, or repair it"
