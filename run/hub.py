@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from lra_config import Config, make_config
 from run import checkpoint
 from run.files import atomic_write, read_json, write_json
+from run.program import log_line
 from utils import first_line
 
 PAPER = "https://arxiv.org/abs/2601.00426"
@@ -116,8 +117,13 @@ def export(state: dict[str, Any], folder: Path, summary: dict[str, Any] | None) 
     if state["vocabulary"] is not None:
         values["vocabulary"] = state["vocabulary"]
     write_json(folder / "config.json", values)
+    try:
+        card = model_card(make_config(state["config"]), summary)
+    except Exception as error:  # of a card's many parts: none may lose a finished run its summary
+        log_line(f"{folder / 'README.md'}: not written, {first_line(error)}")
+        return
     with atomic_write(folder / "README.md", "w") as handle:
-        handle.write(model_card(make_config(state["config"]), summary))
+        handle.write(card)
 
 
 def model_card(config: Config, summary: dict[str, Any] | None) -> str:

@@ -88,3 +88,13 @@ def test_the_committed_card_is_what_its_run_gives():
     """If it is not: `RMAAT.from_pretrained(folder).save_pretrained(folder)`."""
     model = RMAAT.from_pretrained(COMMITTED)
     assert (COMMITTED / "README.md").read_text() == model_card(model.config, model.summary)
+
+
+def test_a_card_that_cannot_be_made_does_not_end_the_export(run, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise KeyError("metadata")
+
+    monkeypatch.setattr("run.hub.model_card", fail)
+    RMAAT.from_pretrained(run).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "config.json"}
+    assert "README.md: not written" in capsys.readouterr().out
