@@ -54,11 +54,11 @@ def test_a_model_of_ones_own_learns_by_amrb_what_only_the_memory_carries(tmp_pat
     assert float(accuracy[1]) > 0.5
 
 
-@pytest.mark.parametrize("foreign", ["utils.py", "data/__init__.py"])
+@pytest.mark.parametrize("foreign", ["utils.py", "data/__init__.py", "model.py"])
 def test_a_foreign_module_that_hides_ours_is_named_with_ours(tmp_path, foreign):
     (tmp_path / foreign).parent.mkdir(exist_ok=True)
     (tmp_path / foreign).write_text("")
-    (tmp_path / "program.py").write_text("from lra_config import load_config\n")
+    (tmp_path / "program.py").write_text("from train import train\n")
     result = subprocess.run(
         [sys.executable, "program.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
