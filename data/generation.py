@@ -10,20 +10,38 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from run.files import write_json
+from run.program import caught_signals
 
 # Raise it whenever a change alters the bytes that a seed gives.
 FORMAT_VERSION = 1
 
 
+@contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Leave Ctrl-C to this process: workers that start meanwhile never receive SIGINT.
+
+    A new process inherits a blocked signal, so that not even its imports are interrupted. This
+    process acts on a signal at the end, when no worker is half started.
+    """
+    with caught_signals() as received:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in received:
+        signal.raise_signal(number)
+
+
 def _tie_worker_to_parent() -> None:
-    """Leave Ctrl-C to the parent, and end with it even if it is killed without a clean-up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End this worker with its parent, even if that is killed without a clean-up."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
@@ -52,7 +70,9 @@ def results_in_order(function: Callable[[int], Any], workers: int) -> Iterator[A
     ) as executor:
         try:
             for first in itertools.count(step=window):
-                yield from executor.map(function, range(first, first + window))
+                with _starting_workers():
+                    results = executor.map(function, range(first, first + window))
+                yield from results
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a worker process died (out of memory, or the calling script runs without an "

@@ -343,13 +343,18 @@ def test_failure_leaves_no_file(error: BaseException, tmp_path: Path, monkeypatc
     assert not files_under(tmp_path)
 
 
-def test_ctrl_c_leaves_no_file_and_no_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["imports of the workers", "rows"])
+def test_ctrl_c_leaves_no_file_and_no_worker(moment: str, tmp_path: Path) -> None:
     process = start_process(
         "generate_lra.py", "listops", "--out", tmp_path, "--seed", 0, "--workers", 2,
         cwd=tmp_path, start_new_session=True,
     )
-    # Rows on the disk: all processes are at work.
-    wait_for(process, lambda: any(path.stat().st_size for path in tmp_path.rglob("*.tsv")))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if moment == "rows":
+        reached = lambda: any(path.stat().st_size for path in tmp_path.rglob("*.tsv"))  # noqa: E731
+    else:  # two workers and the resource tracker of multiprocessing are started
+        reached = lambda: len(children.read_text().split()) >= 3  # noqa: E731
+    wait_for(process, reached)
     os.killpg(process.pid, signal.SIGINT)
     _, message = process.communicate(timeout=60)  # workers hold the pipe as long as they live
     assert process.returncode == 130
