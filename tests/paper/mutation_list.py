@@ -237,7 +237,7 @@ _LAYER = [
      "Luna's packed rows are fed forward"),
     ("dropout-scale", DROPOUT, "return x * keep * (1 / (1 - p))", "return x * keep",
      "dropout lowers the mean"),
-    ("dropout-rate", DROPOUT, ">= round(p * 2**_BITS)", "< round(p * 2**_BITS)",
+    ("dropout-rate", DROPOUT, "hashed >= round(p", "hashed < round(p",
      "dropout keeps the share p"),
     ("dropout-layers", "model.py", "layer_keys[per_layer * i : per_layer * (i + 1)]",
      "layer_keys[:per_layer]",
