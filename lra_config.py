@@ -396,6 +396,8 @@ class ExecutionKeys(Group):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # fused: the equations with a written-out gradient; reference: attention/equations.py itself
     attention_backend: Execution[Literal["auto", "reference", "fused"]] = "auto"
+    # layer: store the input of each layer only, and run the layer again in the backward pass
+    recompute: Execution[Literal["none", "layer"]] = "none"
     compile: Execution[Literal["auto"] | bool] = "auto"  # torch.compile of a segment; auto: CUDA
     cuda_graphs: Execution[Literal["auto"] | bool] = "auto"  # capture and replay the full step
     checkpoint_interval: Execution[Size | None] = None  # steps between checkpoints; null: 30 s

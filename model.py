@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from astrocyte import retention_factors
 from attention import ATTENTION, AstromorphicAttention, LinearAttention, SoftmaxAttention
@@ -114,6 +115,7 @@ class RMAAT(SegmentRecurrent, HubMixin):
         self.num_sequences = config.num_sequences
         self.pooling = config.pooling
         self.precision = config.precision
+        self.recompute = config.recompute
         self.position_embedding = config.position_embedding
         self.dropout = config.dropout
         T, std = config.segments_per_sequence, ATTENTION[config.attention_type].memory_std
@@ -158,9 +160,16 @@ class RMAAT(SegmentRecurrent, HubMixin):
 
         They depend on parameters alone: compute them once per step and pass them to `segment`.
         """
-        terms = [layer.attention.positions() for layer in self.layers
+        terms = [self._recomputed(layer.attention.positions) for layer in self.layers
                  if layer.attention.has_positions]
         return torch.stack(terms) if terms else None
+
+    def _recomputed(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Call a function, which `recompute: layer` runs again in the backward pass."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return function(*inputs)
+        # No random state to preserve: dropout is a function of its keys.
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def initial_memory(self, batch_size: int) -> Tensor:
         """Return mem_1, the learned first memory, (B, M, D)."""
@@ -222,7 +231,8 @@ class RMAAT(SegmentRecurrent, HubMixin):
         if positions is not None:  # a shorter last segment takes the first rows
             terms = positions[:, :, : x.shape[1]].unbind()  # (H, N, m) each
         for i, layer in enumerate(self.layers):
-            x = layer(x, rows, terms[i], layer_keys[per_layer * i : per_layer * (i + 1)])
+            inputs = x, rows, terms[i], layer_keys[per_layer * i : per_layer * (i + 1)]
+            x = self._recomputed(layer, *inputs)
         memory_out = x[:, :M].to(memory.dtype)
         readout = segment_readout(self.pooling, memory_out, x[:, M:], tokens, mask)
         next_memory = retention_factor * memory_out

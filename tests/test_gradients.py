@@ -8,13 +8,15 @@ import itertools
 
 import pytest
 import torch
-from conftest import gradients_of, largest_difference, tiny_batch, tiny_config
+from conftest import ROOT, gradients_of, largest_difference, tiny_batch, tiny_config
 
+from lra_config import read_mapping
 from model import RMAAT, AstromorphicAttention, build_model
 from train import amrb_backward, bptt_backward
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 LENGTHS = [48, 3, 30, 0]
+SYSTEMS = ROOT / "configs/tables"
 
 
 def worst_difference(config, dtype, batch, kept: int = 1) -> float:
@@ -38,6 +40,23 @@ def test_gradients_do_not_depend_on_what_is_kept_and_what_replayed(attention, po
         if lengths == [20, 7]:  # ends inside the second segment
             batch = batch._replace(tokens=batch.tokens[:, :20], mask=batch.mask[:, :20])
         assert worst_difference(config, torch.float64, batch, kept) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])
+@pytest.mark.parametrize("system", [path.stem for path in sorted(SYSTEMS.glob("*.yaml"))])
+def test_a_recomputed_layer_has_the_same_gradients(system, backward, precision):
+    keys = read_mapping(SYSTEMS / f"{system}.yaml")
+    for dropout in (0.0, 0.3):
+        found = []
+        for recompute in ("none", "layer"):
+            config = tiny_config(
+                **{**keys, "dropout": dropout, "precision": precision, "recompute": recompute}
+            )
+            batch = tiny_batch(config, [40, 17, 9])
+            found.append(gradients_of(config, backward, batch, torch.float32)[0])
+        for name, gradient in found[0].items():
+            assert torch.equal(found[1][name], gradient), name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

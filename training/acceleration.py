@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloader import Batch
 from lra_config import Config, ConfigError
@@ -341,12 +341,19 @@ def activation_bytes(model: RMAAT, batch: Batch, seed: Tensor | None = None) -> 
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def keep_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pack(inputs[0])
+
     segments, _ = model.split(batch.tokens, batch.mask)
     with (
+        contextlib.ExitStack() as hooks,
         shared_weights(model) as weights, torch.compiler.set_stance("force_eager"),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         positions = model.positions()
+        if model.recompute == "layer":  # the layers' inputs do not pass through `pack`
+            for layer in model.layers:
+                hooks.enter_context(layer.register_forward_pre_hook(keep_input))
         kept.clear()
         outputs = next(model.recur(segments[:1], positions, seed))  # holds the saved tensors
         for _, leaf in weights:
