@@ -255,10 +255,12 @@ def table_of(
     found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
     labels: Mapping[str, str], published: Mapping[str, Mapping[str, float | None]],
 ) -> str:
-    """Return accuracy per task and row next to the paper's, with the change from RMAAT's row."""
+    """Return accuracy per task and row next to the paper's, and the change from RMAAT."""
     rows = []
     for (task, name), summaries in found.items():
-        ours, base = mean_accuracy(summaries), mean_accuracy(found.get((task, "rmaat"), ()))
+        seeds = {summary["seed"] for summary in summaries}
+        same = [x for x in found.get((task, "rmaat"), ()) if x["seed"] in seeds]
+        ours, base = mean_accuracy(summaries), mean_accuracy(same)
         change = None if None in (ours, base) else ours - base
         steps = sorted({summary["steps"] for summary in summaries})
         rows.append([
