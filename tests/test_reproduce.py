@@ -206,13 +206,14 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, arguments, words):
 
 def test_a_cell_that_was_not_run_stays_empty(monkeypatch):
     monkeypatch.setattr(reproduce, "code_mark", lambda commit: "")
-    runs = [{"test_accuracy": a, "steps": 10} for a in (0.379, 0.399)]
-    found = {("listops", "rmaat"): runs, ("listops", "rmt"): runs[:1], ("text", "rmaat"): []}
+    runs = [{"test_accuracy": a, "steps": 10, "seed": k} for k, a in enumerate((0.379, 0.399))]
+    rmt = [{**runs[0], "test_accuracy": 0.369}]
+    found = {("listops", "rmaat"): runs, ("listops", "rmt"): rmt, ("text", "rmaat"): []}
     table = reproduce.table_of(found, SYSTEMS, reproduce.ACCURACY).splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert rows == [
         ["ListOps 2K", "RMAAT", "38.9 ± 1.4", "38.9", "+0.0", "2", "10"],
-        ["ListOps 2K", "RMT", "37.9", "37.4", "-1.0", "1", "10"],
+        ["ListOps 2K", "RMT", "36.9", "37.4", "-1.0", "1", "10"],  # from RMAAT's seed 0
         ["Text 4K", "RMAAT", "", "65.9", "", "", ""],
     ]
     assert markdown(["a"], [[""]]).splitlines() == ["| a |", "| --- |", "|  |"]
