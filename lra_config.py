@@ -394,7 +394,8 @@ class ExecutionKeys(Group):
     ] = "auto"
     # auto: bfloat16 on CUDA (float16 if unsupported) and in long CPU runs if it is fast there
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # fused: the equations with a written-out gradient; reference: attention/equations.py itself
+    # reference: attention/equations.py itself, as in compiled code; fused: the same with a
+    # written-out gradient; auto: fused
     attention_backend: Execution[Literal["auto", "reference", "fused"]] = "auto"
     # layer: store the input of each layer only, and run the layer again in the backward pass
     recompute: Execution[Literal["none", "layer"]] = "none"
