@@ -1,9 +1,10 @@
 """Figures of runs and measurements.
 
-    python plots.py all                  redraw every figure of results/figures
+    python plots.py all                  redraw every figure that a page of results/ or docs/ shows
     python plots.py curves RUN...        training loss and validation accuracy over the steps
     python plots.py attention RUN TEXT   the weights with which positions read each other
-    python plots.py memory FILE...       peak memory over step time, from `benchmark.py memory`
+    python plots.py memory FILE...       peak memory over length, from `benchmark.py memory`
+    python plots.py scaling FILE...      time and memory over length, from `benchmark.py scaling`
     python plots.py astrocyte            the two processes of the macro model, and its factors
 
 RUN is a folder that `run_train.py` wrote; `--out FILE` names the figure.
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,25 +45,26 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
     from model import RMAAT
 
 ROOT = Path(__file__).parent
-FIGURES = Path("results/figures")
-SOURCES = "sources.json"  # in FIGURES: the SHA-256 of each figure's input files
+SOURCES = "results/figures/sources.json"  # the SHA-256 of each figure's input files
 
 STYLE = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
     "axes.spines.right": False, "legend.fontsize": "small", "legend.frameon": False,
+    "legend.handlelength": 3,
     "lines.linewidth": 1.3, "lines.markersize": 4.5, "errorbar.capsize": 3,
-    "savefig.dpi": 120, "image.cmap": "gray_r", "svg.fonttype": "none",
+    "savefig.dpi": 160, "image.cmap": "gray_r", "svg.fonttype": "none",
 }
-# Okabe and Ito's colors, with a gray instead of their yellow. Lightness, dashes and markers differ
-# too, so that lines differ in grayscale. Eight each, as the paper compares eight systems.
+# Okabe and Ito's colors, with darker ones of Paul Tol's for their pale ones. Dashes and markers
+# differ too, so that lines differ in grayscale. Eight each, as the paper compares eight systems.
 COLORS = (
-    "#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#777777",
+    "#000000", "#D55E00", "#0072B2", "#882255", "#117733", "#777777", "#332288", "#CC6677",
 )
 DASHES = (
     "-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 1, 2, 1)),
 )
-MARKERS = ("o", "s", "^", "D", "v", "x", "*", "P")
-MOST_MARKERS = 20  # on a curve, about
+MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p")
+GRAY = "0.45"  # of reference lines
+MOST_MARKERS = 40  # on a curve; more would hide it
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -178,8 +182,11 @@ def draw_curves(axes: Axes, labels: dict[str, list[Path]], key: str, scale: floa
         if len(folders) > 1:
             label += f" ({len(folders)} seeds)"
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        every = max(1, len(steps) // MOST_MARKERS)  # a marker per row would hide a long curve
-        axes.plot(steps, mean, label=label, markevery=every, **style)
+        if len(steps) < 3:
+            style["linestyle"] = "none"  # two points are no curve
+        elif len(steps) > MOST_MARKERS:
+            style |= {"marker": "", "linewidth": 0.8}
+        axes.plot(steps, mean, label=label, **style)
 
 
 def curves_figure(folders: Sequence[Path]) -> Figure:
@@ -191,16 +198,24 @@ def curves_figure(folders: Sequence[Path]) -> Figure:
         UserError: a run has not logged anything yet.
     """
     figure = new_figure(9, 3.8)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
     labels = labeled_runs(folders)
     draw_curves(loss_axes, labels, "loss", 1)
     draw_curves(accuracy_axes, labels, "val_accuracy", 100)
     configs = [config for folder in folders if (config := run_config(folder)) is not None]
     if len({config.dataset for config in configs}) == 1:
-        chance = 100 / configs[0].task.num_classes
-        accuracy_axes.axhline(chance, color="0.45", linestyle=":", linewidth=1, label="chance")
+        label, accuracy = constant_answer(configs[0])
+        accuracy_axes.axhline(accuracy, color=GRAY, linestyle=":", label=label)
+        splits = configs[0].training_splits if len(labels) == 1 else {}
+        for split, step in list(splits.items())[1:]:
+            for axes in figure.axes:
+                axes.axvline(step, color=GRAY, linestyle="--", linewidth=0.8)
+            accuracy_axes.text(
+                step, 0.98, f"{split} split", rotation=90, ha="right", va="top", fontsize="small",
+                transform=accuracy_axes.get_xaxis_transform(),
+            )
     loss_axes.set(xlabel="step", ylabel="training loss (nats)")
-    accuracy_axes.set(xlabel="step", ylabel="validation accuracy (%)")
+    accuracy_axes.set(xlabel="step", ylabel="validation accuracy (%)", xlim=(0, None))
     # Outside the axes, as curves may fill every corner.
     figure.legend(
         *accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3
@@ -208,8 +223,22 @@ def curves_figure(folders: Sequence[Path]) -> Figure:
     return figure
 
 
+def constant_answer(config: Config) -> tuple[str, float]:
+    """Return the name and the accuracy in % of the best constant answer.
+
+    The classes are about equally frequent in all tasks but ListOps.
+    """
+    if config.dataset == "listops":
+        return "majority class", 17.6
+    return "chance", 100 / config.task.num_classes
+
+
 # Tasks whose equal-step runs have other data than the paper's, and the title to say so.
 OTHER_DATA = {"retrieval": "Retrieval substitute", "pathfinder": "Pathfinder, easy split"}
+# The systems in the order of the table in docs/comparing.md.
+ORDER = (
+    "rmaat", "rmt", "rlt", "at", "transformer", "linear_transformer", "nystromformer", "luna",
+)
 
 
 def accuracy_figure(runs: dict[str, dict[str, list[Path]]]) -> Figure:
@@ -218,28 +247,42 @@ def accuracy_figure(runs: dict[str, dict[str, list[Path]]]) -> Figure:
     Args:
         runs: by task and system, the folders of its seeds; as named in `tables`.
     """
-    figure = new_figure(11, 3.4)
-    for axes, (task, systems) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
-        for number, (system, folders) in enumerate(systems.items()):
-            summaries = [json.loads((x / "summary.json").read_text()) for x in folders]
-            values = [100 * summary["test_accuracy"] for summary in summaries]
-            mean = statistics.mean(values)
-            bars = ([mean - min(values)], [max(values) - mean]) if len(values) > 1 else None
-            style = line_style(number) | {"linestyle": "none"}
-            axes.errorbar([number], [mean], bars, **style)
-            figure_of_paper = ACCURACY.get(system, {}).get(task)
-            if figure_of_paper is not None and task not in OTHER_DATA:
-                axes.plot([number - 0.35, number + 0.35], 2 * [figure_of_paper], color="0.45")
-        config = load_config(folders[0] / "config.yaml", quiet=True)
-        axes.axhline(100 / config.task.num_classes, color="0.45", linestyle=":", linewidth=1)
+    figure = new_figure(11, 3.8)
+    entries: dict[str, Any] = {}  # of the legend
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (task, systems) in zip(panels, runs.items(), strict=True):
+        rows = {
+            system: [json.loads((folder / "summary.json").read_text()) for folder in folders]
+            for system, folders in systems.items()
+        }
+        steps = max(row["steps"] for seeds in rows.values() for row in seeds)
+        for number, (system, seeds) in enumerate(rows.items()):
+            values = [100 * row["test_accuracy"] for row in seeds]
+            label, style = "ours, one seed", {"fmt": "o", "markerfacecolor": "white"}
+            if len(values) > 1:
+                label, style = "ours, mean and standard deviation of three seeds", {"fmt": "o"}
+                style["yerr"] = statistics.stdev(values)
+            elif seeds[0]["steps"] < steps:
+                label, style["fmt"] = "ours, one seed, stopped early", "v"
+            entries[label] = axes.errorbar(
+                [number], [statistics.mean(values)], color="black", **style
+            )
+            published = ACCURACY.get(system, {}).get(task)
+            if published is not None and task not in OTHER_DATA:
+                ends = [number - 0.4, number + 0.4]
+                (entries["paper"],) = axes.plot(ends, 2 * [published], color=GRAY, zorder=1)
+        config = load_config(systems["rmaat"][0] / "config.yaml", quiet=True)
+        constant = axes.axhline(constant_answer(config)[1], color=GRAY, linestyle=":")
+        entries["chance; ListOps: majority class"] = constant
         axes.set_xticks(range(len(systems)), [SYSTEMS[name] for name in systems], rotation=90)
         axes.set(title=OTHER_DATA.get(task, TASKS[task]), xlim=(-0.6, len(systems) - 0.4))
+        axes.margins(y=0.1)
+        axes.yaxis.get_major_locator().set_params(integer=True, nbins=7)
         axes.grid(axis="x", visible=False)
     figure.axes[0].set_ylabel("test accuracy (%)")
-    figure.supxlabel(
-        "markers: ours, bars from the worst to the best seed; gray lines: paper; dotted: chance",
-        fontsize="medium",
-    )
+    labels = sorted(entries)
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -308,32 +351,53 @@ def position_names(config: Config, ids: Sequence[int]) -> list[str]:
     return [f"mem {i + 1}" for i in range(config.num_memory_tokens)] + [tokens[i - 1] for i in ids]
 
 
-def memory_figure(files: Sequence[Path]) -> Figure:
-    """Draw a step's peak memory over the length of the sequence, one line per system.
+# The quantities drawn over the length of the sequence: label and value of a row.
+QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "time per token (µs)": lambda row: 1e6 * row["step_seconds"] / row["seq_len"],
+    "peak memory of a training step (MiB)": itemgetter("peak_mib"),
+}
 
+
+def length_figure(files: Sequence[Path], what: str) -> Figure:
+    """Draw measurements over the length of the sequence, one line per system.
+
+    Args:
+        files: of `benchmark.py WHAT --json`.
+        what: memory or scaling; scaling has a second panel with the time per token.
     Raises:
-        UserError: a file is not what `benchmark.py memory --json` writes.
+        UserError: a file is not what `benchmark.py WHAT --json` writes.
     """
-    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for file in files:
+    labels = list(QUANTITIES)[what == "memory":]
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {label: {} for label in labels}
+    for file, label in itertools.product(files, labels):
         try:
             for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
                 if "error" not in row:
-                    lines[row["system"]].append((row["seq_len"], row["peak_mib"]))
+                    line = points[label].setdefault(row["system"], [])
+                    line.append((row["seq_len"], QUANTITIES[label](row)))
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{file}: holds no rows of `benchmark.py memory`; measure with --json {file}"
+                f"{file}: holds no rows of `benchmark.py {what}`; measure with --json {file}"
             ) from None
-    figure = new_figure(6.4, 4.2)
-    axes = figure.subplots()
-    for number, (system, points) in enumerate(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), label=system, **line_style(number))
-    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)")
-    axes.set_ylabel("peak memory of a training step (MiB)")
-    lengths = sorted({length for points in lines.values() for length, _ in points})
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_xticks([], minor=True)
-    axes.legend()
+    figure = new_figure(2 + 4.2 * len(labels), 3.8)
+    for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
+        for number, (system, line) in enumerate(points[label].items()):
+            # Later lines are thinner, so that a line below them remains visible.
+            size = (len(points[label]) - number) / 2
+            style = line_style(number) | {"linewidth": 0.6 + size, "markersize": 3 + 2.4 * size}
+            axes.plot(*zip(*sorted(line), strict=True), label=system, **style)
+        lengths = sorted({length for line in points[label].values() for length, _ in line})
+        lengths = lengths[:: 1 + len(lengths) // 5]
+        axes.set(xscale="log", xlabel="sequence length (tokens)", ylabel=label)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xticks([], minor=True)
+        if len(points[label]) == 1:
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+            continue
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.legend()
     return figure
 
 
@@ -346,17 +410,17 @@ def astrocyte_figure() -> Figure:
     axes = figure.subplots(1, 3)
     cycles, ends = trajectory.times / DEFAULT.tau_cycle, trajectory.cycle_ends
     for axis, process, title, label, color in (
-        (axes[0], trajectory.p_short, "Fast process, STP", r"mean $p^s_{ij}$", COLORS[1]),
-        (axes[1], trajectory.p_long, "Slow process, LTP", r"mean $p^l_{ij}$", COLORS[2]),
+        (axes[0], trajectory.p_short, "Fast process, STP", "$p^s$, mean over synapses", COLORS[1]),
+        (axes[1], trajectory.p_long, "Slow process, LTP", "$p^l$, mean over synapses", COLORS[2]),
     ):
         for cycle in range(DEFAULT.num_cycles):
             axis.axvspan(cycle, cycle + DEFAULT.duty_cycle, color="0.93", linewidth=0)
         mean = process.mean(axis=(1, 2))
         axis.plot(cycles, mean, color=color)
-        axis.plot(cycles[ends], mean[ends], "o", color=color, clip_on=False, label="cycle ends")
-        axis.set(title=title, xlabel=r"time (cycles of $\tau_{cycle}$, input on in gray)")
-        axis.set(ylabel=label, xlim=(0, DEFAULT.num_cycles), ylim=(0, None))
-    axes[1].legend(loc="lower right")
+        axis.plot(cycles[ends], mean[ends], "o", color=color, clip_on=False)
+        axis.set(title=title, xlabel="time (cycles; gray: input on, dots: ends of cycles)")
+        axis.set(xlim=(0, DEFAULT.num_cycles), ylim=(0, None))
+        axis.set_ylabel(label, fontsize="large")
     for number, T in enumerate(TABLE_SEGMENTS):
         factors = retention_factors(T).tolist()
         axes[2].plot(range(1, T + 1), factors, label=f"T = {T}", **line_style(number))
@@ -367,23 +431,27 @@ def astrocyte_figure() -> Figure:
 
 
 def committed_figures(root: Path = ROOT) -> Iterator[tuple[str, list[Path], Callable[[], Figure]]]:
-    """Yield the name of each figure of `results/figures`, its input files and how to draw it."""
+    """Yield the path of each figure below `results`, its input files and how to draw it."""
     results = root / "results"
     listops = results / "listops/rmaat"
     weights = [listops / "model.safetensors", listops / "config.json"]
     expression = "[MAX 2 9 [MIN 4 7 ] 0 ]"
-    yield "attention.png", weights, lambda: draw_attention(listops, expression)
-    yield "astrocyte.png", [], astrocyte_figure
-    memory = [results / "benchmark/memory_cpu.json"]
-    yield "memory.png", memory, lambda: memory_figure(memory)
+    yield "figures/attention.png", weights, lambda: draw_attention(listops, expression)
+    yield "figures/astrocyte.png", [], astrocyte_figure
+    memory, scaling = ([results / f"benchmark/{what}_cpu.json"] for what in ("memory", "scaling"))
+    yield "figures/memory.png", memory, lambda: length_figure(memory, "memory")
+    yield "benchmark/scaling_cpu.png", scaling, lambda: length_figure(scaling, "scaling")
     runs = {
         task: {system: sorted((results / task / "equal" / system).glob("seed*"))
-               for system in reversed(SYSTEMS)}
+               for system in ORDER}
         for task in TASKS
     }
     files = [folder / name for systems in runs.values() for folders in systems.values()
              for folder in folders for name in ("config.yaml", "summary.json")]
-    yield "accuracy.png", files, lambda: accuracy_figure(runs)
+    yield "figures/accuracy.png", files, lambda: accuracy_figure(runs)
+    for run in (results / "quickstart", results / "pathfinder/rmaat_conv"):
+        files = [run / name for name in ("config.yaml", "metrics.jsonl")]
+        yield f"{run.relative_to(results)}/curves.png", files, lambda run=run: curves_figure([run])
 
 
 def digests(files: Sequence[Path], root: Path = ROOT) -> dict[str, str]:
@@ -395,21 +463,21 @@ def digests(files: Sequence[Path], root: Path = ROOT) -> dict[str, str]:
 
 
 def draw_all(root: Path = ROOT) -> None:
-    """Redraw every figure of `results/figures` and record the digests of the input files."""
+    """Redraw every committed figure and record the digests of the input files."""
     sources = {}
     for name, files, draw in committed_figures(root):
-        write_figure(root / FIGURES / name, draw)
+        write_figure(root / "results" / name, draw)
         sources[name] = digests(files, root)
-        log_line(f"{FIGURES / name}")
-    write_json(root / FIGURES / SOURCES, sources)
+        log_line(f"results/{name}")
+    write_json(root / SOURCES, sources)
 
 
 def stale_figures(root: Path = ROOT) -> list[str]:
-    """Return the figures of `results/figures` whose input files changed after they were drawn."""
-    recorded = json.loads((root / FIGURES / SOURCES).read_text())
+    """Return the committed figures whose input files changed after they were drawn."""
+    recorded = json.loads((root / SOURCES).read_text())
     return [
         name for name, files, _ in committed_figures(root)
-        if recorded.get(name) != digests(files, root) or not (root / FIGURES / name).is_file()
+        if recorded.get(name) != digests(files, root) or not (root / "results" / name).is_file()
     ]
 
 
@@ -420,12 +488,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     kinds = parser.add_subparsers(required=True, dest="kind")
     kinds.add_parser("all")
-    for name, metavar, figure in (
-        ("curves", "RUN", curves_figure), ("memory", "FILE", memory_figure),
-    ):
+    kind = kinds.add_parser("curves")
+    kind.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    kind.set_defaults(draw=lambda arguments: curves_figure(arguments.runs))
+    for name in ("memory", "scaling"):
         kind = kinds.add_parser(name)
-        kind.add_argument("files", nargs="+", type=Path, metavar=metavar)
-        kind.set_defaults(draw=lambda arguments, figure=figure: figure(arguments.files))
+        kind.add_argument("files", nargs="+", type=Path, metavar="FILE")
+        kind.set_defaults(draw=lambda arguments: length_figure(arguments.files, arguments.kind))
     kind = kinds.add_parser("attention")
     kind.add_argument("run", type=Path, metavar="RUN", help="holds model.safetensors")
     kind.add_argument("text", metavar="TEXT", help="a ListOps expression or a text")

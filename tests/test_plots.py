@@ -74,10 +74,34 @@ def test_runs_of_one_system_are_labeled_by_their_paths(tmp_path):
     assert list(plots.labeled_runs(folders)) == ["RMAAT, 8", "RMAAT, 16"]
 
 
+def test_two_validations_are_points_without_a_line(tmp_path):
+    rows = "".join(json.dumps({"step": s, "loss": 1, "val_accuracy": 0.5}) + "\n" for s in (1, 9))
+    run = write_run(tmp_path / "run", [])
+    (run / "metrics.jsonl").write_text(rows)
+    accuracy, constant = plots.curves_figure([run]).axes[1].lines
+    assert (accuracy.get_linestyle(), accuracy.get_marker()) == ("None", "o")
+    assert constant.get_label() == "majority class"
+
+
+def test_a_single_seed_is_hollow_and_a_mean_has_a_bar(tmp_path):
+    runs = {}
+    for system, accuracies in (("rmaat", (0.3, 0.5)), ("rmt", (0.4,))):
+        runs[system] = [write_run(tmp_path / f"{system}{seed}", []) for seed in accuracies]
+        for folder, accuracy in zip(runs[system], accuracies, strict=True):
+            summary = {"test_accuracy": accuracy, "steps": 5}
+            (folder / "summary.json").write_text(json.dumps(summary))
+    mean, single = plots.accuracy_figure({"listops": runs}).axes[0].containers
+    assert mean.lines[0].get_markerfacecolor() != "white" and mean.has_yerr
+    assert single.lines[0].get_markerfacecolor() == "white" and not single.has_yerr
+    (bar,) = mean.lines[2][0].get_segments()
+    assert bar[:, 1].tolist() == pytest.approx([40 - 200**0.5, 40 + 200**0.5])
+
+
 @pytest.mark.parametrize("arguments", [
     ["curves", RUN],
     ["attention", RUN, EXPRESSION],
     ["memory", ROOT / "results/benchmark/memory_cpu.json"],
+    ["scaling", ROOT / "results/benchmark/scaling_cpu.json"],
     ["astrocyte"],
 ], ids=lambda a: a[0])
 def test_each_figure_is_drawn_from_results(tmp_path, arguments):
@@ -100,7 +124,7 @@ def test_curves_that_cannot_be_drawn_are_one_line_of_the_log(tmp_path, capsys):
     (["attention", RUN, "[MAX 2 x ]"], ["TEXT", "'x'"]),
     (["attention", "absent", EXPRESSION], ["absent/model.safetensors"]),
     (["memory", RUN / "summary.json"], ["summary.json", "benchmark.py memory"]),
-    (["memory", "absent.json"], ["absent.json"]),
+    (["scaling", "absent.json"], ["absent.json"]),
 ], ids=lambda a: " ".join(map(str, a[:1] + a[2:])))
 def test_a_figure_that_cannot_be_drawn_is_one_line(tmp_path, arguments, words):
     result = draw(*arguments, cwd=tmp_path)
