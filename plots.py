@@ -51,7 +51,7 @@ STYLE = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
     "axes.spines.right": False, "legend.fontsize": "small", "legend.frameon": False,
     "legend.handlelength": 3,
-    "lines.linewidth": 1.3, "lines.markersize": 4.5, "errorbar.capsize": 3,
+    "lines.linewidth": 1.3, "lines.markersize": 4.5, "errorbar.capsize": 4.5,
     "savefig.dpi": 160, "image.cmap": "gray_r", "svg.fonttype": "none",
 }
 # Okabe and Ito's colors, with darker ones of Paul Tol's for their pale ones. Dashes and markers
