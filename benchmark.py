@@ -9,7 +9,8 @@
 `memory --count`, `memory --batch 1 2 4 8` and `tasks` count the bytes of the live tensors of a
 training step, on tensors without data. The count is exact, takes seconds at any size, and needs
 neither the memory nor the device. Softmax attention counts as the memory-efficient kernels of CUDA
-and CPU run it, without an N x N matrix.
+and CPU run it, without an N x N matrix. `memory --validate` compares counts with the growth of a
+process.
 
 All other commands measure. The systems take turns, `--repeats` times, and a row states medians. On
 a CPU each row has its own process. Its peak is the process's high-water mark during the steps,
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import statistics
 import sys
 import time
@@ -45,7 +45,7 @@ from dataloader import Batch
 from lra_config import Config, make_config, read_mapping, single_values
 from model import RMAAT, build_model
 from run.files import write_json
-from run.program import Parser, UserError, run_program
+from run.program import Parser, UserError, note, run_program
 from tables import AMRB, BPTT, markdown
 from training.acceleration import BudgetedReplay, GraphedBackward, compile_model, resolve_device
 from training.diagnostics import count_flop, peak_memory_mib, reset_peak_memory
@@ -58,6 +58,7 @@ LONG = 65_536  # tokens from which a single step is timed, after a warm-up on fe
 CONFIGS = Path(__file__).parent / "configs"
 BATCH_SIZE = 4
 BATCH_GOAL = 64  # sequences per optimizer step, reached by gradient accumulation
+VALIDATED = "peak_mib / measured_mib"
 PASSES = f"passes for {BATCH_GOAL}"
 
 BASE = {
@@ -115,11 +116,6 @@ def benchmark_config(
     })
 
 
-def task_config(file: str, **further: Any) -> Config:
-    """Build the configuration of a file in configs/ under further keys."""
-    return make_config({**read_mapping(CONFIGS / f"{file}.yaml"), **further})
-
-
 def random_batch(config: Config, length: int) -> Batch:
     """Draw unpadded tokens (B, length) and labels (B,) on the configuration's device."""
     shape = (config.batch_size, length)
@@ -165,6 +161,8 @@ def count(config: Config, backward: Callable[..., StepResult]) -> dict[str, floa
     """
     if config.replay_segments != "all":
         backward = BudgetedReplay(backward, config)
+    if not torch.cuda.is_available():  # autograd of torch without CUDA has no CUDA tensors
+        config = config.model_copy(update={"device": "cpu"})
     model = build_model(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model._apply(lambda x: torch.empty_like(x, device=config.device))
@@ -202,6 +200,13 @@ def count_row(request: Row) -> Row:
     return described(request) | count(config, step_backward(request["system"], config))
 
 
+def validate_row(request: Row) -> Row:
+    """Count one row, and measure the growth of a process that runs it."""
+    row = count_row(request)
+    measured = in_fresh_process(measure, request)["peak_mib"]
+    return {**row, "measured_mib": measured, VALIDATED: row["peak_mib"] / measured}
+
+
 # Measuring
 
 
@@ -230,18 +235,18 @@ def count_kernels(step: Callable[[], object]) -> int:
 
 
 def measure(request: Row) -> dict[str, float | None]:
-    """Measure one row of the tables, or a `file` in configs/ under further keys, in this process.
+    """Measure one row of the tables in this process.
 
     Returns:
         `step_seconds`, the median of the timed steps, `peak_mib` above the model's own state,
         `gflop`, executed in the matrix products of a step, `kernels` of an eager step without the
         optimizer, `compile_seconds`, and on CUDA `reserved_mib`.
     """
-    config = task_config(**request) if "file" in request else benchmark_config(**request)
+    config = benchmark_config(**request)
     device = resolve_device(config)
     torch.manual_seed(0)
     model = build_model(config).to(device)
-    eager = step_backward(request.get("system", AMRB), config)
+    eager = step_backward(request["system"], config)
     step = training_step(model, config, eager)
     is_long = config.max_seq_len >= LONG
     batch = random_batch(config, config.max_seq_len)
@@ -347,17 +352,6 @@ def in_fresh_process(function: Callable[[Any], Any], argument: Any) -> Any:
         return pool.submit(in_this_process, function, argument).result()
 
 
-def serve() -> None:
-    """Answer requests `["row" or "task", request]`, a line of JSON each, by `answer` or `error`."""
-    for line in sys.stdin:
-        _, request = json.loads(line)
-        try:
-            reply = {"answer": in_this_process(measure, request)}
-        except RuntimeError as error:
-            reply = {"error": str(error)}
-        print(json.dumps(reply), flush=True)
-
-
 def described(request: Row) -> Row:
     """Return the request of a row with its segments and the version of torch."""
     config = benchmark_config(**request)
@@ -433,6 +427,8 @@ def memory(arguments: argparse.Namespace) -> list[Row]:
         return batches(requests, arguments.batch, 2**10 * arguments.memory)
     if arguments.count:
         return [count_row(each) for each in requests]
+    if arguments.validate:
+        return [validate_row(each) for each in requests]
     return measure_in_turn(requests, arguments.repeats)
 
 
@@ -461,8 +457,9 @@ def tasks(arguments: argparse.Namespace) -> list[Row]:
     """Count the paper's memory table, and again where BPTT takes the memory that the paper has."""
     rows = []
     for task in tables.TASKS:
-        own = make_config({"dataset": task_config(task).dataset})  # in the paper's length
-        keys = {**TASK_SIZE, "dataset": own.dataset, "segment_len": own.segment_len}
+        dataset = read_mapping(CONFIGS / f"{task}.yaml")["dataset"]
+        own = make_config({"dataset": dataset})  # in the paper's length
+        keys = {**TASK_SIZE, "dataset": dataset, "segment_len": own.segment_len}
         sizes = [keys["batch_size"]]
         if limit := tables.PEAK_GB[BPTT][task]:
             bptt = request(arguments, BPTT, own.max_seq_len, **keys)
@@ -501,6 +498,7 @@ CASE = ["system", "seq_len", "replay_segments"]
 TABLES = {  # keys of rows, a column each
     "memory": [*CASE, "peak_mib", "peak_mib x AMRB", "step_seconds", "step_seconds x AMRB"],
     "count": [*CASE, "peak_mib", "peak_mib x AMRB", "activations_mib", "temporary_mib"],
+    "validate": [*CASE, "peak_mib", "measured_mib", VALIDATED],
     "batch": [*CASE, "batch_size", "total_mib", "largest_batch", PASSES],
     "tasks": [
         "task", "batch_size", "system", "total_gb", "total_gb x AMRB", "paper_gb",
@@ -567,7 +565,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(dest="what", required=True, metavar=names)
-    commands.add_parser("serve")
     for name, (_, lengths) in COMMANDS.items():
         command = commands.add_parser(name)
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -579,6 +576,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
         if name == "memory":
             command.add_argument("--count", action="store_true", help="count, do not measure")
+            command.add_argument("--validate", action="store_true", help="count and measure")
             command.add_argument("--batch", nargs="+", type=positive, help="count, by the batch")
             command.add_argument("--memory", type=float, default=16, help="GiB to fit a batch into")
             command.add_argument("--replayed", nargs="+", type=int, help="segments, of AMRB")
@@ -587,15 +585,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.what == "serve":
-        serve()
-        return 0
     table = arguments.what
     if table == "memory":
-        table = "batch" if arguments.batch else "count" if arguments.count else "memory"
+        modes = ("batch", "count", "validate")
+        table = next((mode for mode in modes if getattr(arguments, mode)), "memory")
     is_counted = table in ("tasks", "batch", "count")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device")
+        if not is_counted:
+            raise UserError("--device cuda, but torch sees no CUDA device; counts need none")
+        note("no CUDA device: the tensors of a step on the CPU are counted, which are the same")
     arguments.keys = single_values(arguments.set)
     S = arguments.segment_len
     for length in arguments.seq_lens:

@@ -118,6 +118,8 @@ class StrictStep(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if name_of(operation) == "prim::device":  # half of all calls on tensors without data
+            return operation(*args)
         assert not waits_for_the_device(operation), f"{operation} waits for the device"
         assert not draws(operation), f"{operation} draws"
         result = operation(*args, **kwargs)
