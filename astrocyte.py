@@ -51,7 +51,7 @@ firing_rate = theta = psi = kappa = np.tanh
 class MacroModelParameters:
     """Constants of the macro model; the paper publishes none but the 3 x 3 neurons and 6 cycles.
 
-    All others are our choice, made so that p^s rises and falls within each cycle, p^l covers about
+    All others are our choice. With them p^s rises and falls within each cycle. p^l covers about
     63 % of the way to its plateau in six cycles, and each cycle adds less to p^l than the last.
     States are dimensionless, times in seconds, so the decays are dimensionless too.
 
@@ -216,7 +216,7 @@ def retention_factors(num_segments: int, parameters: MacroModelParameters = DEFA
     Up to T = 128 all factors are positive, sum to 1, fall strictly with t, and each is smaller for
     a larger T. They fall like r^t (r = 0.846 by default) for every T. Next to activations of order
     one the memory is below float32 rounding from t = 86 on, exactly zero in float32 from t = 614
-    and in float64 from t = 4452. From there on the memory carries no information between segments.
+    and in float64 from t = 4452. From there on no information passes from segment to segment.
 
     Args:
         num_segments: T, at least 1.

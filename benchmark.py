@@ -91,7 +91,7 @@ Row = dict[str, Any]
 
 
 def checkpointed_backward(model: RMAAT, batch: Batch, scale: float = 1.0) -> StepResult:
-    """Run BPTT on segments of which only the inputs are kept: the usual way to save memory."""
+    """Run BPTT with one activation checkpoint per segment, the usual way to save memory."""
     segments, mask = model.split(batch.tokens, batch.mask)
     # No random state to preserve: dropout is a function of its keys.
     run = functools.partial(
@@ -328,7 +328,7 @@ def matmul_gflop_per_second(device_name: str) -> float:
 
 
 def in_this_process(function: Callable[[Any], Any], argument: Any) -> Any:
-    """Call a function that fills memory, and free what it leaves.
+    """Call a function that fills memory, and free the memory afterwards.
 
     Raises:
         RuntimeError: it failed.
@@ -362,7 +362,7 @@ def described(request: Row) -> Row:
 
 
 def measure_in_turn(requests: Sequence[Row], repeats: int, *, with_rate: bool = False) -> list[Row]:
-    """Return medians over `repeats` rounds, each of which measures every request once.
+    """Measure every request once per round; return medians over `repeats` rounds.
 
     A row that cannot be measured (no memory left) holds the reason under `error`.
 

@@ -163,7 +163,7 @@ def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
 class LunaAttention(Attention):
     """Pack-and-unpack attention: rows exchange information through the M memory rows only.
 
-    The memory rows are Luna's P, which the model carries from layer to layer. X are the others:
+    The memory rows are Luna's P, which each layer passes to the next. X are the others:
 
         Y_P = softmax(P W_Q (X W_K)^T / sqrt(d)) X W_V              packs, (M x d)
         Y_X = softmax(X W_Q (Y_P W'_K)^T / sqrt(d)) Y_P W'_V        unpacks, (N - M x d)

@@ -52,8 +52,9 @@ def apply_position_kernel(x: Tensor, decay_scale: float) -> Tensor:
     """Multiply by the kernel P_pos,ij = exp(-|i - j| * decay_scale) in time linear in N.
 
     Inside a chunk of rows the product is dense. The kernel is a first-order recurrence in both
-    directions, so the rows left of a chunk reach its row i through one carried state, times
-    exp(-decay_scale * (i - start)), and the rows right of it likewise. No exponent is positive.
+    directions. All rows left of a chunk therefore reach its row i through one state, times
+    exp(-decay_scale * (i - start)). The same holds for the rows right of it. No exponent is
+    positive.
 
     Args:
         x: (..., N, d).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class ImageConvolution(nn.Module):
     """x + gelu(depthwise 3 x 3 convolution), over the pixels of one segment.
 
-    A segment is a strip of whole rows of the image. Memory tokens pass unchanged. The convolution
+    A segment is a strip of full rows of the image. Memory tokens pass unchanged. The convolution
     does not cross the border between two segments, so a segment stays a pure function of its
     tokens and its memory, as AMRB requires.
     """

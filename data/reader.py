@@ -108,7 +108,7 @@ class Reader:
         self.folder = self.layout.find(self.config.data_dir)
 
     def key(self) -> dict[str, Any]:
-        """Return the values besides files and lengths that the packed parts depend on, as JSON."""
+        """Return further values that the packed parts depend on, as JSON."""
         return {}
 
     def check_counts(self, counts: dict[str, int]) -> None:
