@@ -141,6 +141,7 @@ def test_recomputed_read_out_statistics_are_means_over_the_batches_and_of_nothin
     norm = model.head[0]
     norm.running_mean.fill_(100.0)
     norm.running_var.fill_(100.0)
+    norm.num_batches_tracked.fill_(10)  # of a training
     batches = [small_batch(config), small_batch(config, None)]
     seen = []
     norm.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].detach()))
