@@ -593,7 +593,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         if not is_counted:
             raise UserError("--device cuda, but torch sees no CUDA device; counts need none")
-        note("no CUDA device: the tensors of a step on the CPU are counted, which are the same")
+        note("no CUDA device: the tensors of a step on the CPU are counted")
     arguments.keys = single_values(arguments.set)
     S = arguments.segment_len
     for length in arguments.seq_lens:

@@ -258,8 +258,8 @@ def table_of(
     """Return accuracy per task and row next to the paper's, and the change from RMAAT."""
     rows = []
     for (task, name), summaries in found.items():
-        seeds = {summary["seed"] for summary in summaries}
-        same = [x for x in found.get((task, "rmaat"), ()) if x["seed"] in seeds]
+        drawn = {summary["seed"] for summary in summaries}
+        same = [x for x in found.get((task, "rmaat"), ()) if x["seed"] in drawn]
         ours, base = mean_accuracy(summaries), mean_accuracy(same)
         change = None if None in (ours, base) else ours - base
         steps = sorted({summary["steps"] for summary in summaries})

@@ -48,7 +48,7 @@ def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
         return x
     width = x.shape[-1]
     # One exact hash per row and per column; a few 32-bit operations (modulo 2**32) per element
-    # then combine them. Mixing every element in 64 bits takes three times as long on a CPU.
+    # then combine them. Mixing every element in 64 bits takes over twice as long on a CPU.
     rows = mix(torch.arange(x.numel() // width, device=x.device) ^ key).to(torch.int32)
     columns = mix(torch.arange(width, device=x.device) ^ mix(key)).to(torch.int32)
     hashed = (rows.view(*x.shape[:-1], 1) ^ columns) * _MULTIPLIER

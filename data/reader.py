@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import subprocess
@@ -43,7 +44,7 @@ def rows(path: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{path} row {number}", row.rstrip(b"\r\n")
 
 
-class Reader:
+class Reader(abc.ABC):
     """A data set on disk, in the files that the layout of its task describes."""
 
     tokenizer: Any
@@ -83,9 +84,9 @@ class Reader:
         files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
         return [Path(name) for name in files if name.endswith(self.layout.suffix)]
 
+    @abc.abstractmethod
     def examples(self, part: str) -> Iterator[Example]:
         """Yield the documents and the label of each example of a part. Raises DataError."""
-        raise NotImplementedError
 
     def generate(self, generator: Callable[..., Path], **options: Any) -> None:
         """Generate the files from seed 0 if none is there."""
