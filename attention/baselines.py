@@ -57,11 +57,12 @@ class SoftmaxAttention(Attention):
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Return softmax(Q K^T / sqrt(d)) V, (B, H, N_q, d), over the `visible` keys (B, N_k)."""
     mask = None if visible is None else visible[:, None, None, :]
-    # On a CPU the gradient in bfloat16 takes three times that in float32.
-    dtype = torch.float32 if q.device.type == "cpu" and q.dtype == torch.bfloat16 else q.dtype
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        # On a CPU the gradient in bfloat16 takes three times as long as in float32.
+        q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):
-        x = F.scaled_dot_product_attention(*(y.to(dtype) for y in (q, k, v)), attn_mask=mask)
-    return x.to(v.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).to(dtype)
 
 
 class NystromAttention(Attention):

@@ -159,7 +159,7 @@ def row_shift(q: Tensor) -> Tensor:
 
 
 def least_calcium(dtype: torch.dtype) -> float:
-    """Return the sum of phi(k) below which a neuron's calcium is constant, 6e-16 in float32.
+    """Return the sum of phi(k) up to which a neuron has no calcium, 6e-16 in float32.
 
     The gradient of P through g grows up to the power -2 of that sum: it stays in the range of
     `dtype`. Deviation: the paper has no lower bound.
@@ -168,11 +168,8 @@ def least_calcium(dtype: torch.dtype) -> float:
 
 
 def presynaptic_plasticity(total: Tensor, alpha: float) -> Tensor:
-    """Return g = total^alpha of the sums `total` of phi(k), and 0 where `total` is 0.
-
-    The gradient is 0 below `least_calcium`, where that of the power would overflow.
-    """
-    return total.clamp(min=least_calcium(total.dtype)).pow(alpha) * (total > 0)
+    """Return g = total^alpha of the sums `total` of phi(k), and 0 up to `least_calcium`."""
+    return F.threshold(total, least_calcium(total.dtype), 0).pow(alpha)
 
 
 def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
@@ -191,7 +188,4 @@ def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
 
 def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
     """Return P = 1 / C of `calcium_response`, and 0 with a zero gradient where C is 0."""
-    calcium = calcium_response(q, k, alpha)
-    # Both sides of a `where` are differentiated: replace the 0 before the reciprocal is taken.
-    nonzero = calcium != 0
-    return torch.where(nonzero, calcium, 1).reciprocal() * nonzero
+    return F.threshold(calcium_response(q, k, alpha), 0, math.inf).reciprocal()

@@ -7,10 +7,12 @@ quarters of the attention's time on a CPU.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -79,6 +81,14 @@ def _split_qk(qkv: Tensor, num_heads: int, num_hidden: int) -> tuple[Tensor, Ten
     return qk, v.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def _divided_product(x: Tensor, y: Tensor, divisor: float) -> Tensor:
+    """Return x y / divisor of (B, H, ...) matrices, by one operation."""
+    product = torch.baddbmm(
+        y.new_empty(1), x.flatten(0, 1), y.flatten(0, 1), beta=0, alpha=1 / divisor
+    )
+    return product.unflatten(0, y.shape[:2])
+
+
 class FusedResponse(torch.autograd.Function):
     """`respond` as one node of the graph.
 
@@ -94,19 +104,17 @@ class FusedResponse(torch.autograd.Function):
         positions: Tensor | None, terms: Terms,
     ) -> Tensor:
         dtype = response_dtype(qkv.dtype)
-        qk, v = (  # copies, to overwrite
-            x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            for x in _split_qk(qkv, num_heads, num_hidden)
-        )
+        projected, v = (x.to(dtype) for x in _split_qk(qkv, num_heads, num_hidden))
+        v = v.clone(memory_format=torch.contiguous_format)  # to overwrite
         B, H, N, d = v.shape
         # Before the temporary tensors, which would leave holes between all that is saved.
+        qk = v.new_empty(projected.shape)
         output = qkv.new_empty(B, N, H * d)
-        if terms.normalize:
-            qk[0] -= row_shift(qk[0])
-        positive = qk.clamp(min=0)
-        qk.clamp_(max=0).exp_().add_(positive)  # phi
-        del positive
+        torch.clamp(projected, max=0, out=qk)
         q, k = qk
+        if terms.normalize:
+            q -= row_shift(projected[0])
+        qk.exp_().add_(projected.clamp(min=0))  # phi; where a row is shifted, all of it is below 0
         if mask is not None:
             k *= mask[:, None, :, None]
             v *= mask[:, None, :, None]
@@ -116,23 +124,22 @@ class FusedResponse(torch.autograd.Function):
             ctx.positions_dtype = positions.dtype
             positions = positions.to(k.dtype)
             keys = k + positions
-        hebbian = (keys.mT @ v).div_(terms.divisor)
+        hebbian = _divided_product(keys.mT, v, terms.divisor)
         if terms.sigmoid:
             hebbian.sigmoid_()
         response = q @ hebbian
-        total = plasticity = inverse = None
+        total = plasticity = calcium = None
         heads = output.unflatten(-1, (H, d)).transpose(1, 2)
         if terms.normalize:
             wide = torch.promote_types(q.dtype, torch.float32)
             total = k.sum(dim=2, dtype=wide)  # (B, H, m)
             plasticity = presynaptic_plasticity(total, terms.alpha)  # g
-            calcium = q.to(wide) @ plasticity[..., None]
-            inverse = calcium.reciprocal().masked_fill_(calcium == 0, 0)  # P
-            torch.mul(response, inverse.to(response.dtype), out=heads)
+            calcium = F.threshold(q.to(wide) @ plasticity[..., None], 0, math.inf)  # P = 1 / C
+            torch.div(response, calcium.to(response.dtype), out=heads)
         else:
             heads.copy_(response)
 
-        ctx.save_for_backward(qk, v, mask, positions, hebbian, total, plasticity, inverse, output)
+        ctx.save_for_backward(qk, v, mask, positions, hebbian, total, plasticity, calcium, output)
         ctx.terms = terms
         return output
 
@@ -140,7 +147,7 @@ class FusedResponse(torch.autograd.Function):
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        qk, v, mask, positions, hebbian, total, plasticity, inverse, output = ctx.saved_tensors
+        qk, v, mask, positions, hebbian, total, plasticity, calcium, output = ctx.saved_tensors
         q, k = qk
         terms: Terms = ctx.terms
         B, H, N, d = v.shape
@@ -150,16 +157,15 @@ class FusedResponse(torch.autograd.Function):
         grad_q, grad_k = grad_qk
 
         if terms.normalize:
-            torch.mul(grad_heads, inverse.to(v.dtype), out=grad_response)
+            torch.div(grad_heads, calcium.to(v.dtype), out=grad_response)
         else:
             grad_response.copy_(grad_heads)
 
         # Read
         torch.matmul(grad_response, hebbian.mT, out=grad_q)
-        grad_hebbian = q.mT @ grad_response
+        grad_hebbian = _divided_product(q.mT, grad_response, terms.divisor)
         if terms.sigmoid:
             grad_hebbian *= hebbian * (1 - hebbian)
-        grad_hebbian /= terms.divisor
 
         # Write
         torch.matmul(v, grad_hebbian.mT, out=grad_k)
@@ -171,17 +177,18 @@ class FusedResponse(torch.autograd.Function):
         if terms.normalize:
             # The response is proportional to P = 1 / C, so that dC = -<dR, R> P.
             response = output.unflatten(-1, (H, d)).transpose(1, 2)
-            grad_calcium = (grad_heads * response).sum(-1, keepdim=True, dtype=inverse.dtype)
-            grad_calcium.mul_(inverse).neg_()
-            constant = total < least_calcium(total.dtype)
-            slope = total.pow(terms.alpha - 1).mul_(terms.alpha).masked_fill_(constant, 0)
-            grad_total = slope[:, :, None] * (grad_calcium.mT @ q.to(inverse.dtype))
-            grad_q.addcmul_(grad_calcium, plasticity[:, :, None])
-            grad_k += grad_total  # (B, H, 1, m)
-        grad_qk *= qk.clamp(max=1)  # phi' = min(phi, 1), which is 0 at masked keys
-        if mask is not None:
-            grad_v *= mask[:, None, :, None]
+            wide = calcium.dtype
+            minus_grad_calcium = (grad_response * response).sum(-1, keepdim=True, dtype=wide)
+            grad_q.addcmul_(minus_grad_calcium, plasticity[:, :, None], value=-1)
+            minus_grad_plasticity = minus_grad_calcium.mT @ q.to(wide)  # (B, H, 1, m)
+            slope = plasticity / total.clamp(min=least_calcium(wide))  # times alpha
+            grad_k.addcmul_(minus_grad_plasticity, slope[:, :, None], value=-terms.alpha)
+        phi_slope = qk.clamp(max=1)  # min(phi, 1), which is 0 at masked keys
         grad_qkv = grad_output.new_empty(B, N, H * (2 * m + d))
-        for part, grad in zip(_split_qk(grad_qkv, H, m), (grad_qk, grad_v), strict=True):
-            part.copy_(grad)
+        qk_part, v_part = _split_qk(grad_qkv, H, m)
+        torch.mul(grad_qk, phi_slope, out=qk_part)
+        if mask is None:
+            v_part.copy_(grad_v)
+        else:
+            torch.mul(grad_v, mask[:, None, :, None], out=v_part)
         return grad_qkv, None, None, None, grad_positions, None
