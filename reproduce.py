@@ -31,7 +31,7 @@ from typing import Any
 
 from lra_config import Config, load_config, read_mapping, single_values
 from run.files import write_json
-from run.program import Parser, UserError, end_by_exception, print_result, run_program
+from run.program import Parser, UserError, end_by_exception, note, print_result, run_program
 from tables import ABLATIONS, ACCURACY, SYSTEMS, TASKS, markdown, number
 
 ROOT = Path(__file__).parent
@@ -285,6 +285,7 @@ def verify(overrides: Sequence[str]) -> int:
         summary = json.loads(path.with_name("summary.json").read_text())
         name = str(path.parent.relative_to(RESULTS))
         reported, examples = 100 * summary["test_accuracy"], summary["examples"]["test"]
+        note(f"{name}: {examples:,} test examples")  # some take minutes
         try:
             model = load_trained(path, None, single_values(overrides))
             layout, root = model.config.task.layout, model.config.data_dir
