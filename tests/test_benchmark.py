@@ -139,13 +139,14 @@ def test_a_recomputed_layer_takes_less_memory():
 
 
 @pytest.mark.slow
-def test_counted_memory_is_what_a_process_grows_by():
-    """A step of 2 GiB in large tensors; the heap has holes between small ones."""
+def test_counted_memory_is_what_a_process_grows_by(monkeypatch):
+    """A step of 2 GiB. Every tensor is mapped by itself: glibc's heap has holes between tensors."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     row = benchmark.validate_row({
         "system": "RMAAT, BPTT", "seq_len": 1024, "segment_len": 512, "device": "cpu",
         "batch_size": 16, "dim": 512, "num_heads": 8, "ffn_dim": 2048,
     })
-    assert row["measured_mib"] == pytest.approx(row["peak_mib"], rel=0.1)
+    assert row["measured_mib"] == pytest.approx(row["peak_mib"], rel=0.05)
 
 
 def test_rows_of_one_process_fail_alone(monkeypatch):
