@@ -50,7 +50,7 @@ def test_an_unknown_name_is_refused(mutations, capsys):
 def test_what_changes_nothing_survives_and_what_breaks_an_equation_does_not(
     mutations, monkeypatch, capsys
 ):
-    old = "torch.where(x > 0, x + 1,"
+    old = "torch.where(x >= 0, x + 1,"
     for new, status in ((old.replace("x + 1", "1 + x"), 1), (old.replace("x + 1", "x + 2"), 0)):
         monkeypatch.setattr(mutations, "MUTATIONS", [mutation(mutations, old, new)])
         assert mutations.main([]) == status
