@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -48,14 +49,20 @@ class Job(NamedTuple):
 def jobs(device: str, *, smoke: bool) -> Iterator[Job]:
     """Yield the jobs, the most informative first."""
     def script(name: str, text: str) -> list[str]:
-        return [str(ROOT / name), *text.split()]
+        return [str(ROOT / name), *shlex.split(text)]
 
     collect = " --collect-only" if smoke else ""
     tests = f"pytest -q -m gpu {ROOT / 'tests/test_gpu.py'}{collect}"
     yield Job("tests", 300, ["-m", *tests.split()])
     small = " --seq_lens 1024 --repeats 1" if smoke else ""
-    for name, limit in (("memory", 300), ("throughput", 300), ("replay", 120), ("scaling", 300)):
-        options = f"{name} --device {device} --json {name}_{device}.json{small}"
+    replayed = "1 0" if smoke else "15 12 8 4 0 --seq_lens 8192"
+    for name, limit, table in (
+        ("memory", 300, "memory"),
+        ("throughput", 300, "throughput"),
+        ("replay", 120, f"memory --systems 'RMAAT, AMRB' --replayed {replayed}"),
+        ("scaling", 300, "scaling"),
+    ):
+        options = f"{table} --device {device} --json {name}_{device}.json{small}"
         yield Job(name, limit, script("benchmark.py", options))
 
     splits = " --train 8 --val 4 --test 4 --workers 1" if smoke else ""

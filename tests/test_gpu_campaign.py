@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, called
 
+import benchmark
 from experiments import gpu_campaign
 from experiments.gpu_campaign import Job, campaign, jobs
 
@@ -27,6 +28,8 @@ def test_jobs_have_names_of_their_own_and_commands_that_exist():
         for job in found:
             assert job.command[0] == "-m" or (ROOT / job.command[0]).is_file()
             assert job.limit > 0
+            if job.command[0].endswith("benchmark.py"):
+                assert job.command[1] in benchmark.COMMANDS
     assert sum(job.name.endswith("bfloat16") for job in jobs("cuda", smoke=False)) == 4
 
 
