@@ -188,4 +188,5 @@ def calcium_response(q: Tensor, k: Tensor, alpha: float) -> Tensor:
 
 def inverse_calcium(q: Tensor, k: Tensor, alpha: float) -> Tensor:
     """Return P = 1 / C of `calcium_response`, and 0 with a zero gradient where C is 0."""
+    # An infinite C in place of 0 has P = 0 and passes no gradient.
     return F.threshold(calcium_response(q, k, alpha), 0, math.inf).reciprocal()

@@ -134,7 +134,8 @@ class FusedResponse(torch.autograd.Function):
             wide = torch.promote_types(q.dtype, torch.float32)
             total = k.sum(dim=2, dtype=wide)  # (B, H, m)
             plasticity = presynaptic_plasticity(total, terms.alpha)  # g
-            calcium = F.threshold(q.to(wide) @ plasticity[..., None], 0, math.inf)  # P = 1 / C
+            # C, infinite where it is 0, so that P = 1 / C is 0 there
+            calcium = F.threshold(q.to(wide) @ plasticity[..., None], 0, math.inf)
             torch.div(response, calcium.to(response.dtype), out=heads)
         else:
             heads.copy_(response)
