@@ -82,7 +82,7 @@ class EncoderLayer(nn.Module):
         attended = dropout(self.attention(x, mask, positions), self.dropout, keys[0])
         x = self.attention_norm(x + attended)
         M = self.attention.num_pass_through_rows
-        unfed, x = x.split([M, x.shape[1] - M], dim=1)  # slices take longer to go back through
+        unfed, x = x[:, :M], x[:, M:]
         hidden = dropout(F.gelu(self.expand(x)), self.dropout, keys[1])  # (B, N, ffn_dim)
         x = self.feed_forward_norm(x + dropout(self.contract(hidden), self.dropout, keys[2]))
         return torch.cat([unfed, x], dim=1) if M else x
@@ -233,9 +233,8 @@ class RMAAT(SegmentRecurrent, HubMixin):
         for i, layer in enumerate(self.layers):
             inputs = x, rows, terms[i], layer_keys[per_layer * i : per_layer * (i + 1)]
             x = self._recomputed(layer, *inputs)
-        memory_out, x = x.split([M, x.shape[1] - M], dim=1)
-        memory_out = memory_out.to(memory.dtype)
-        readout = segment_readout(self.pooling, memory_out, x, tokens, mask)
+        memory_out = x[:, :M].to(memory.dtype)
+        readout = segment_readout(self.pooling, memory_out, x[:, M:], tokens, mask)
         next_memory = retention_factor * memory_out
         if mask is not None:
             active = mask.any(dim=1)

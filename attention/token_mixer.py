@@ -23,8 +23,7 @@ class ImageConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix neighboring pixels of x (B, M + S, D)."""
-        M = self.num_memory_tokens
-        memory, pixels = x.split([M, x.shape[1] - M], dim=1)
+        memory, pixels = x[:, : self.num_memory_tokens], x[:, self.num_memory_tokens :]
         image = pixels.mT.unflatten(2, (-1, self.image_width))  # (B, D, rows, width)
         mixed = F.gelu(self.convolution(image)).flatten(2).mT  # (B, S, D)
         return torch.cat([memory, pixels + mixed], dim=1)
