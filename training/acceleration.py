@@ -149,6 +149,9 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
     """
     torch._dynamo.reset()  # an earlier run of this process has left its own forms
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # With AVX-512 vectors torch 2.13 transposes bfloat16 wrongly; a convolution's gradient is NaN.
+    wide = model.precision == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    torch._inductor.config.cpp.simdlen = 256 if wide else None
     statistics = [buffer.clone() for buffer in model.buffers()]
     model.compiled_encode = torch.compile(model.encode, dynamic=False)
     try:
