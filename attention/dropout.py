@@ -54,7 +54,7 @@ def dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
     hashed = (rows.view(*x.shape[:-1], 1) ^ columns) * _MULTIPLIER
     hashed ^= hashed >> 15
     hashed *= _SECOND_MULTIPLIER
-    keep = torch.ge(  # 0 or 1 in the type of x: a product with bool is several times slower
-        hashed, round(p * 2**_BITS) - 2 ** (_BITS - 1), out=x.new_empty(x.shape)  # int32 is signed
-    )
+    threshold = round(p * 2**_BITS) - 2 ** (_BITS - 1)  # int32 is signed
+    # 0 or 1 in the type of x, because a product with bool takes several times as long.
+    keep = torch.ge(hashed, threshold, out=x.new_empty(x.shape))
     return x * keep * (1 / (1 - p))

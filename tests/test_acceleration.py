@@ -149,7 +149,7 @@ def test_a_compiled_segment_has_the_eager_gradients(precision):
 
 @pytest.mark.slow
 def test_a_compiled_convolution_has_finite_gradients_in_bfloat16():
-    """torch 2.13 miscompiles its transposes of bfloat16 with AVX-512."""
+    """torch 2.13 miscompiles them for vectors of 512 bits."""
     config = tiny_config(
         dataset="cifar10", max_seq_len=1_024, num_segments=2, dim=64, num_heads=4, num_layers=1,
         token_mixer="conv3x3", precision="bfloat16",

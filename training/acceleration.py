@@ -149,9 +149,10 @@ def compile_model(model: RMAAT, backward: Backward, batch: Batch) -> bool:
     """
     torch._dynamo.reset()  # an earlier run of this process has left its own forms
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    # With AVX-512 vectors torch 2.13 transposes bfloat16 wrongly; a convolution's gradient is NaN.
-    wide = model.precision == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    torch._inductor.config.cpp.simdlen = 256 if wide else None
+    # For vectors of 512 bits torch 2.13 compiles bfloat16 wrongly: a convolution's gradient is NaN.
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    narrow = avx512 and model.precision == "bfloat16"
+    torch._inductor.config.cpp.simdlen = 256 if narrow else None
     statistics = [buffer.clone() for buffer in model.buffers()]
     model.compiled_encode = torch.compile(model.encode, dynamic=False)
     try:
