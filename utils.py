@@ -137,7 +137,7 @@ def hardware(device: torch.device) -> str:
     with contextlib.suppress(OSError):  # Linux knows the model's name
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
 
 
 def _commit() -> str:
