@@ -133,5 +133,5 @@ def test_commands_name_valid_configurations():
         if line.startswith("python run_train.py --config")
     ]
     assert len(commands) > 10
-    for _, path, *overrides in commands:
-        load_runs(ROOT / path, overrides)
+    for _, path, *arguments in commands:
+        load_runs(ROOT / path, [each for each in arguments if not each.startswith("--")])
