@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra_config import Config, ConfigError, make_config, parse_overrides, read_mapping
+from lra_config import (
+    Config,
+    ConfigError,
+    make_config,
+    parse_overrides,
+    read_mapping,
+    renamed,
+)
 from run.program import log_line
 from tables import markdown
 
@@ -36,7 +43,7 @@ def load_runs(path: str | Path, overrides: Sequence[str]) -> tuple[list[Config],
     Raises:
         ConfigError: any of them is invalid, or two of them would share a folder.
     """
-    base, parsed = read_mapping(path), parse_overrides(overrides)
+    base, parsed = renamed(read_mapping(path), str(path)), parse_overrides(overrides)
     varied = [key for key, values in parsed.items() if len(values) > 1]
     for key in varied:
         if key in Config.model_fields and key not in Config.keys("sweep"):
@@ -46,7 +53,9 @@ def load_runs(path: str | Path, overrides: Sequence[str]) -> tuple[list[Config],
             )
     configs = []
     for chosen in itertools.product(*parsed.values()):
-        values = {**base, **dict(zip(parsed, chosen, strict=True))}
+        override = dict(zip(parsed, chosen, strict=True))
+        replaced = renamed(override, "override", quiet=True)  # an override may use an old name
+        values = {key: value for key, value in base.items() if key not in replaced} | override
         config = make_config(values, str(path))
         spelled_out = IN_DEFAULT_NAME if values.get("run_name") is None else set()
         suffix = "".join(

@@ -145,6 +145,13 @@ def test_each_run_of_a_sweep_has_a_folder_named_by_what_varies(tmp_path):
     assert names("seed=3", run_name="a") == ["a"]
 
 
+@pytest.mark.parametrize("key", ["hebbian_scale", "hebbian_divisor"])
+def test_an_override_replaces_a_key_that_the_file_names_by_its_old_name(tmp_path, key):
+    path = tmp_path / "old.yaml"
+    path.write_text(json.dumps({**TINY, "hebbian_scale": 8.0}))
+    assert load_runs(path, [f"{key}=2"])[0][0].hebbian_divisor == 2
+
+
 def test_a_sweep_that_cannot_work_is_refused_before_it_starts(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
     with pytest.raises(ConfigError, match="num_heads=3"):
