@@ -14,14 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra_config import (
-    Config,
-    ConfigError,
-    make_config,
-    parse_overrides,
-    read_mapping,
-    renamed,
-)
+from lra_config import Config, ConfigError, make_config, parse_overrides, read_mapping, renamed
 from run.program import log_line
 from tables import markdown
 
@@ -54,12 +47,11 @@ def load_runs(path: str | Path, overrides: Sequence[str]) -> tuple[list[Config],
     configs = []
     for chosen in itertools.product(*parsed.values()):
         override = dict(zip(parsed, chosen, strict=True))
-        replaced = renamed(override, "override", quiet=True)  # an override may use an old name
-        values = {key: value for key, value in base.items() if key not in replaced} | override
+        values = base | renamed(override, "override")
         config = make_config(values, str(path))
         spelled_out = IN_DEFAULT_NAME if values.get("run_name") is None else set()
         suffix = "".join(
-            f"_{key}{value_text(values[key])}"
+            f"_{key}{value_text(override[key])}"
             for key in varied if key not in {*spelled_out, "run_name"}
         )
         changes = {"run_name": config.run_name + re.sub(r"[^\w.+-]", "-", suffix)}
