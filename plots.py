@@ -449,7 +449,7 @@ def committed_figures(root: Path = ROOT) -> Iterator[tuple[str, list[Path], Call
     files = [folder / name for systems in runs.values() for folders in systems.values()
              for folder in folders for name in ("config.yaml", "summary.json")]
     yield "figures/accuracy.png", files, lambda: accuracy_figure(runs)
-    for run in (results / "quickstart", results / "pathfinder/rmaat_conv"):
+    for run in (results / "quickstart", results / "pathfinder/rmaat_curriculum/seed0"):
         files = [run / name for name in ("config.yaml", "metrics.jsonl")]
         yield f"{run.relative_to(results)}/curves.png", files, lambda run=run: curves_figure([run])
 
