@@ -3,7 +3,7 @@
 `basis_init: neighbors` gives every token of a segment one hidden neuron. `build_model` then calls
 `copy_neighbors` once, which sets the initial weights so that
 
-    row i of a head reads token i + offset        W_Q, one offset per head in turn
+    row i of a head reads token i + offset        W_Q, one offset per head, layer after layer
     neuron j answers to token j alone             B, through phi(R)
     rows differ by their position code            added to the embeddings, passed on by every layer
 
@@ -17,6 +17,7 @@ default.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -99,13 +100,15 @@ def copy_neighbors(model: nn.Module) -> None:
     if config.position_embedding == "learned":
         model.position_table[:, used] = 0
     basis = neighbor_basis(config.num_heads, config.num_memory_tokens, config.segment_len)
+    offsets = itertools.cycle(config.neighbor_offsets)
     for layer in model.layers:
         for block in (layer.attention.to_out, layer.contract):
             block.weight[used] = 0
             block.bias[used] = 0
         if config.hebbian_astro:
             layer.attention.position_basis.copy_(basis)
-            _read_neighbors(layer.attention.to_qkv.weight, code, config.neighbor_offsets, digits)
+            of_heads = list(itertools.islice(offsets, config.num_heads))
+            _read_neighbors(layer.attention.to_qkv.weight, code, of_heads, digits)
 
 
 def _read_neighbors(
@@ -119,14 +122,14 @@ def _read_neighbors(
     Args:
         to_qkv: the weight (H (2 S + d), D) of a layer's projection.
         code: the position code (S, D).
+        offsets: one per head.
     """
     S, D = code.shape
-    num_heads = (to_qkv.shape[0] - D) // (2 * S)
+    num_heads = len(offsets)
     constant = sum(digits)
     height = code_height(D, digits)
     queries, keys, values = to_qkv.tensor_split([num_heads * S, 2 * num_heads * S])
-    for head, rows in enumerate(queries.split(S)):
-        offset = offsets[head % len(offsets)]
+    for offset, rows in zip(offsets, queries.split(S), strict=True):
         rows.copy_(QUERY_GAIN / height * code.roll(offset, dims=0))
         rows[:, constant] = -(len(digits) - 0.5) * QUERY_GAIN / height
     keys[:, : constant + 1] = 0

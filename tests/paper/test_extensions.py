@@ -22,19 +22,21 @@ IMAGE = {"dataset": "cifar10", "max_seq_len": 1024, "num_segments": 2}
 
 
 @pytest.mark.parametrize(("S", "digits"), [(16, 2), (12, 2), (27, 3)])
-@pytest.mark.parametrize("offsets", [[-4, 1], [-1, 3]], ids=str)
+@pytest.mark.parametrize("offsets", [[-4, 1], [-1, 3, 2, -2]], ids=str)
 def test_each_head_first_copies_the_token_at_its_offset(offsets, S, digits):
     M, heads = 2, 2
     config = small_config(
         **NEIGHBORS, dim=64, num_heads=heads, num_hidden=S, max_seq_len=2 * S, num_segments=2,
-        num_memory_tokens=M, num_layers=1, neighbor_offsets=offsets, neighbor_code_digits=digits,
+        num_memory_tokens=M, num_layers=2, neighbor_offsets=offsets, neighbor_code_digits=digits,
     )
     torch.manual_seed(0)
     model = build_model(config)
-    attention = model.layers[0].attention
     rows = model.embedding_norm(model.position_code)[None]  # (1, S, D), of no token
-    q, _, _ = attention.project(torch.cat([model.memory[None], rows], dim=1))
-    for head, offset in enumerate(offsets):
+    x = torch.cat([model.memory[None], rows], dim=1)
+    for index in range(2 * heads):  # the heads of both layers
+        attention, head = model.layers[index // heads].attention, index % heads
+        offset = offsets[index % len(offsets)]
+        q, _, _ = attention.project(x)
         weights = feature_map(q[0, head]) @ attention.positions()[head].T  # row by key
         weights = weights / weights.sum(dim=1, keepdim=True)
         expected = torch.zeros(M + S, M + S)
