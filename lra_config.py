@@ -272,8 +272,7 @@ class Attention(Group):
     # Initialization of B, unpublished. landmarks: each hidden neuron reads one position;
     # neighbors: attention is initialized to copy single neighboring tokens
     basis_init: Model[Literal["landmarks", "neighbors", "random"]] = "landmarks"
-    # With basis_init=neighbors: distances to the copied tokens, for the heads of
-    # all layers in turn
+    # With basis_init=neighbors: distances to copied tokens, for the heads of all layers in turn
     neighbor_offsets: Annotated[list[Offset], Field(max_length=1000)] = [-1, 1]
     # With basis_init=neighbors: digits of the position code; more leave more features to tokens
     neighbor_code_digits: Model[Annotated[int, Field(ge=2, le=8)]] = 2

@@ -107,8 +107,8 @@ def copy_neighbors(model: nn.Module) -> None:
             block.bias[used] = 0
         if config.hebbian_astro:
             layer.attention.position_basis.copy_(basis)
-            of_heads = list(itertools.islice(offsets, config.num_heads))
-            _read_neighbors(layer.attention.to_qkv.weight, code, of_heads, digits)
+            layer_offsets = list(itertools.islice(offsets, config.num_heads))
+            _read_neighbors(layer.attention.to_qkv.weight, code, layer_offsets, digits)
 
 
 def _read_neighbors(
