@@ -55,7 +55,7 @@ def test_the_tests_that_ask_for_no_gpu_see_none():
     (LONG, True, "bfloat16", "bfloat16"),
     (LONG, True, "auto", "float32"),
     ({**LONG, "precision": "float32"}, True, None, "float32"),
-    ({"precision": "bfloat16"}, False, None, "bfloat16"),
+    ({"precision": "bfloat16"}, True, None, "bfloat16"),
 ], ids=str)
 def test_long_runs_on_a_cpu_use_bfloat16_where_it_has_instructions(
     monkeypatch, changes, instructions, begun, precision
@@ -65,6 +65,13 @@ def test_long_runs_on_a_cpu_use_bfloat16_where_it_has_instructions(
     plan = plan_execution(config, CPU, 100_000, begun)
     assert plan[:3] == (precision, False, False)
     assert bool(plan.reason) == (config.precision == "auto")
+
+
+def test_a_run_says_that_its_cpu_emulates_bfloat16(monkeypatch, listops_dir, tmp_path, capsys):
+    monkeypatch.setattr(acceleration, "bfloat16_instructions", lambda: False)
+    train(run_config(tmp_path, listops_dir, precision="bfloat16", max_steps=3))
+    line = "bfloat16, eager: emulated on this CPU, several times slower than float32\n"
+    assert line in capsys.readouterr().out
 
 
 def test_cuda_compiles_and_captures_unless_a_key_says_otherwise(capsys):

@@ -84,7 +84,7 @@ class ExecutionPlan(NamedTuple):
     precision: str  # "auto" on CUDA, which `model.autocast_dtype` resolves
     compile: bool
     cuda_graphs: bool
-    reason: str = ""  # of a choice that was made here
+    reason: str = ""  # of a choice that was made here, or what is slow about the user's
 
 
 def plan_execution(
@@ -115,9 +115,11 @@ def _cpu_precision(config: Config, parameters: int, begun: str | None) -> tuple[
     """Return the precision of a run on a CPU and the reason of the choice.
 
     With AVX-512's instructions an eager step in bfloat16 takes about half of float32's time, so
-    long runs use it and short ones keep float32's digits. With AVX2 it is emulated and 7 times
-    slower. A resumed run keeps its precision.
+    long runs use it and short ones keep float32's digits. With AVX2 it is emulated and about 7
+    times slower. A resumed run keeps its precision.
     """
+    if config.precision == "bfloat16" and not bfloat16_instructions():
+        return "bfloat16", "emulated on this CPU, several times slower than float32"
     if config.precision != "auto":
         return config.precision, ""
     if begun is not None:
