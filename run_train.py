@@ -114,7 +114,7 @@ def command() -> None:
 def print_training(
     configs: list[Config], varied: list[str], arguments: argparse.Namespace
 ) -> None:
-    """Train the runs, or with `--dry_run` print what they would take."""
+    """Train the runs, or with `--dry_run` print their expected cost."""
     from train import plan, train
 
     if arguments.dry_run:

@@ -100,7 +100,7 @@ def sweep_table(
 ) -> str:
     """Return the runs as a Markdown table; where seeds vary, also means and standard deviations.
 
-    The deviation is that of a sample (n - 1); a single run has none.
+    The deviation is that of a sample (n - 1); a single run has no deviation.
     """
     runs, groups = [], defaultdict(list)
     fixed = [key for key in varied if key != "seed"]

@@ -27,7 +27,7 @@ from run.processes import current_processes
 from run.program import UserError, log_line, one_line, shown
 from utils import first_line
 
-# The files of a run, besides config.yaml and last.pt.
+# The files of a run, except config.yaml and last.pt.
 RUN_FILES = (
     "metrics.jsonl", "summary.json", "best.pt", "model.safetensors", "config.json", "README.md",
     "curves.png", "wandb_id",
@@ -263,7 +263,7 @@ def load_state(config: Config) -> TrainingState:
             "as many"
         )
     if best.exists():
-        # It may be newer than last.pt, and it is what the run tests in the end.
+        # It may be newer than last.pt, and the run tests these weights in the end.
         saved = read(best, Best)
         progress.best_val_accuracy, progress.best_step = saved.val_accuracy, saved.step
     elif progress.best_step:

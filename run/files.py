@@ -34,7 +34,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears complete or not at all.
 
     The bytes go to `<name>.part`, are flushed to the disk, and the file is renamed on success.
-    After an error the former file at `path` is unchanged.
+    After an error the previous file at `path` is unchanged.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")

@@ -1,4 +1,4 @@
-"""What the tests share: small data and configurations, command lines, gradients, waiting."""
+"""Shared helpers: small data and configurations, command lines, gradients, and waiting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train import StepResult
 
 ROOT = Path(__file__).parent.parent
 
-# Below, a "tiny" run: seconds on a CPU.
+# A "tiny" run takes seconds on a CPU.
 TINY = {
     "dataset": "listops", "max_seq_len": 40, "num_segments": 4, "dim": 16, "num_heads": 2,
     "ffn_dim": 24, "batch_size": 8, "max_steps": 12, "warmup_steps": 3, "eval_interval": 5,
@@ -34,23 +34,26 @@ TINY = {
 }
 
 
-# Of a process in a session of its own.
+# For a process that leads a session of its own.
 ENDING_SIGNALS = pytest.mark.parametrize(("send", "number"), [
-    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # a terminal's reaches the whole group
+    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT),  # Ctrl-C reaches the full group
 ], ids=["SIGTERM", "Ctrl-C"])
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread, and GPUs for those tests alone that ask for them; so for processes they start."""
-    torch.set_num_threads(1)  # small tensors gain nothing by more, and sums would round otherwise
+    """Use one thread, and hide GPUs unless `-m gpu` is given; started processes inherit both."""
+    torch.set_num_threads(1)  # more do not help small tensors, and change rounding
     os.environ["OMP_NUM_THREADS"] = "1"
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """No processes beside this one for what a path, `-k` or `-m` chooses from the default suite: it
-    is over before they have loaded torch, or measures what they would disturb."""
+    """Run selected tests in this process, and the full suite in one process per core.
+
+    A selection by path, `-k` or `-m` is often finished before workers have loaded torch. It may
+    also measure something that they would disturb.
+    """
     chosen = (
         config.args_source is not pytest.Config.ArgsSource.TESTPATHS
         or config.option.keyword
@@ -64,7 +67,7 @@ def tiny_config(**changes) -> Config:
 
 
 def tiny_batch(config: Config, lengths: list[int] | None = None, seed: int = 0) -> Batch:
-    """Random tokens (B, L) with the given real lengths; without lengths nothing is padded."""
+    """Return random tokens (B, L) of the given real lengths; without lengths none are padded."""
     generator = torch.Generator().manual_seed(seed)
     B = 3 if lengths is None else len(lengths)
     L = config.max_seq_len
@@ -76,7 +79,7 @@ def tiny_batch(config: Config, lengths: list[int] | None = None, seed: int = 0) 
 
 
 def write_config(folder: Path, data_dir: Path, **changes) -> Path:
-    """The file of a tiny run named `run`."""
+    """Write the configuration of a tiny run named `run`; return its path."""
     path = folder / "tiny.yaml"
     config = tiny_config(**{"data_dir": str(data_dir), "run_name": "run", **changes})
     path.write_text(dump_config(config), encoding="utf-8")
@@ -87,7 +90,7 @@ def called(
     function: Callable[[], object], *arguments: object, cwd: Path, stdin: str = "",
     check: bool = False,
 ) -> subprocess.CompletedProcess:
-    """`function` as the program of a command line, in this process, from the folder `cwd`."""
+    """Call `function` as a command-line program, in this process, from the folder `cwd`."""
     arguments = tuple(map(str, arguments))
     output, errors, status = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -116,7 +119,7 @@ def called(
 def run_script(
     script: str, *arguments: object, cwd: Path, **options
 ) -> subprocess.CompletedProcess:
-    """A script as a user calls it, but in this process: torch is loaded once for all."""
+    """Run a script as a user does, but in this process, which has loaded torch already."""
     def program() -> None:
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
@@ -124,7 +127,7 @@ def run_script(
 
 
 def run_cli(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """`run_train.py`, by `run_script`."""
+    """Run `run_train.py` by `run_script`."""
     return run_script("run_train.py", *arguments, cwd=cwd, **options)
 
 
@@ -132,7 +135,7 @@ def start_process(
     script: str, *arguments: object, cwd: Path, launcher: Sequence[str] = (),
     env: dict[str, str] | None = None, **options,
 ) -> subprocess.Popen:
-    """A script in a process of its own, for what is about processes; `env` adds to ours."""
+    """Start a script in a process of its own; `env` is added to the environment."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
@@ -141,7 +144,7 @@ def start_process(
 
 
 def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """What a started process leaves, once it ends."""
+    """Wait for a started process; return its output and exit status."""
     try:
         output, errors = process.communicate(timeout=300)
     finally:
@@ -158,7 +161,7 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
 
 
 def refusal(function: Callable[..., object], *arguments: object) -> str:
-    """The one printable line by which a call refuses what it was given."""
+    """Return the one-line message of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         function(*arguments)
     line = str(caught.value)
@@ -167,7 +170,7 @@ def refusal(function: Callable[..., object], *arguments: object) -> str:
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2 and one line that holds the words."""
+    """Assert exit status 2 and one line on standard error that contains the words."""
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()
     assert line.isprintable() and len(line) <= LINE_LENGTH, line
@@ -182,7 +185,7 @@ def gradients_of(
     config: Config, backward: Callable[..., StepResult], batch: Batch,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Gradients, StepResult]:
-    """One batch's gradients by `backward`, from equal weights and equal draws of dropout."""
+    """Return the gradients of one batch by `backward`; weights and dropout masks are fixed."""
     torch.manual_seed(0)
     model = build_model(config).to(dtype)
     torch.manual_seed(1)
@@ -191,7 +194,11 @@ def gradients_of(
 
 
 def largest_difference(actual: Gradients, expected: Gradients) -> float:
-    """Of a tensor, in units of its norm (of a thousandth of the whole's where that is more)."""
+    """Return the largest relative difference of a tensor.
+
+    It is relative to the norm of the expected tensor, or to a thousandth of the full gradient's
+    norm if that is larger.
+    """
     assert actual.keys() == expected.keys()
     whole = torch.stack([e.norm() for e in expected.values()]).norm()
     return max(
@@ -201,7 +208,7 @@ def largest_difference(actual: Gradients, expected: Gradients) -> float:
 
 @pytest.fixture(scope="session")
 def listops_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_dir with a small ListOps: 200 / 20 / 20 expressions of 10 to 40 tokens."""
+    """Return a data_dir with a small ListOps: 200 / 20 / 20 expressions of 10 to 40 tokens."""
     folder = tmp_path_factory.mktemp("datasets")
     generate_listops(
         folder, seed=0, train=200, val=20, test=20, workers=1, min_length=9, max_length=41
@@ -211,7 +218,7 @@ def listops_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, listops_dir: Path) -> Path:
-    """A folder with `tiny.yaml`, its finished run `runs/run`, and what the command line printed."""
+    """Return a folder with `tiny.yaml`, its finished run `runs/run`, and its printed output."""
     folder = tmp_path_factory.mktemp("trained")
     path = write_config(folder, listops_dir, dropout=0.1, bucket_by_length=True)
     result = run_cli("--config", path, cwd=folder, check=True)

@@ -1,9 +1,8 @@
-"""Doubles of what only a GPU has: a graph that is a tape of operations, and a strict device.
+"""CPU substitutes for a GPU's features: CUDA graphs, and a device with strict rules.
 
-`Tape` records the operations of a step and repeats them on the same memory, which is what a CUDA
-graph does: what the step read from the host is baked in, what it read from a tensor is read again.
-`fake_cuda_graphs` puts it in the place of CUDA's. `StrictStep` fails on whatever a captured step
-must not do.
+`Tape` records the operations of a step and repeats them on the same memory, as a CUDA graph does.
+Values read from the host are fixed at the capture; tensors are read again. `fake_cuda_graphs`
+replaces CUDA's graphs by it. `StrictStep` fails on every operation that a captured step must avoid.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from benchmark import NO_KERNELS
 from training import acceleration
 
-SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}  # beside those that torch tags
+SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}  # others have tags
 
 
 def name_of(operation: torch._ops.OpOverload) -> str:
@@ -34,7 +33,7 @@ def waits_for_the_device(operation: torch._ops.OpOverload) -> bool:
 
 
 def draws(operation: torch._ops.OpOverload) -> bool:
-    is_attention = "scaled_dot_product" in name_of(operation)  # for a dropout that we never ask for
+    is_attention = "scaled_dot_product" in name_of(operation)  # its dropout is never used here
     return torch.Tag.nondeterministic_seeded in operation.tags and not is_attention
 
 
@@ -57,7 +56,7 @@ class Tape(TorchDispatchMode):
         if waits_for_the_device(operation):
             raise RuntimeError("operation not permitted when stream is capturing")
         result = operation(*args, **kwargs)
-        self.calls.append((operation, args, kwargs, result))  # and all its memory stays
+        self.calls.append((operation, args, kwargs, result))  # keeps all memory alive
         return result
 
     @torch.no_grad()
@@ -67,7 +66,7 @@ class Tape(TorchDispatchMode):
                 continue
             again = operation(*args, **kwargs)
             for old, new in zip(tensors(result), tensors(again), strict=True):
-                if old.data_ptr() != new.data_ptr():  # neither a view nor written in place
+                if old.data_ptr() != new.data_ptr():  # not a view, and not written in place
                     old.copy_(new)
 
     def pool(self) -> Any:
@@ -94,7 +93,7 @@ def recording(graph: Tape, pool: Any = None, stream: FakeStream | None = None) -
 
 @pytest.fixture
 def fake_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Let this process capture on the CPU; `streams()` says how many side streams were made."""
+    """Let this process capture on the CPU; `streams()` returns the number of side streams."""
     main = FakeStream()
     doubles = {
         "CUDAGraph": Tape, "graph": recording, "Stream": FakeStream,
@@ -108,7 +107,7 @@ def fake_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 class StrictStep(TorchDispatchMode):
-    """Fails on a wait for the device, a copy between host and device, a draw, or two devices."""
+    """Fails on a wait for the device, a host-device copy, a random draw, or two devices."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -118,7 +117,7 @@ class StrictStep(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if name_of(operation) == "prim::device":  # half of all calls on tensors without data
+        if name_of(operation) == "prim::device":  # half of all calls under FakeTensorMode
             return operation(*args)
         assert not waits_for_the_device(operation), f"{operation} waits for the device"
         assert not draws(operation), f"{operation} draws"

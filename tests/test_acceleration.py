@@ -1,4 +1,4 @@
-"""Device, precision and compilation of a run, values that are not finite, and internals."""
+"""Device, precision and compilation of a run, non-finite values, and logged internals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_tests_that_ask_for_no_gpu_see_none():
     ({}, True, None, "float32"),
     (LONG, True, None, "bfloat16"),
     (LONG, False, None, "float32"),
-    ({**LONG, "stop_after_steps": 10}, True, None, "bfloat16"),  # as the resumed run needs it
+    ({**LONG, "stop_after_steps": 10}, True, None, "bfloat16"),  # as in the run to resume
     (LONG, True, "float32", "float32"),
     (LONG, True, "bfloat16", "bfloat16"),
     (LONG, True, "auto", "float32"),
@@ -92,7 +92,7 @@ def test_cuda_compiles_and_captures_unless_a_key_says_otherwise(capsys):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Let `torch.compile` be a function of the test, called with the original first."""
+    """Replace `torch.compile` by a function of the test, which receives the original first."""
     original = torch.compile
 
     def use(double):
@@ -178,7 +178,7 @@ def test_lower_precision_trains_and_resumes(listops_dir, tmp_path, precision):
     assert all(map(math.isfinite, logged_losses(tmp_path / "run")))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(
+def test_a_non_finite_loss_stops_the_run_before_it_reaches_the_weights(
     listops_dir, tmp_path, monkeypatch
 ):
     calls = []
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(
     assert all(t.isfinite().all() for t in state["model"].values())
 
 
-def test_a_learning_rate_beyond_all_reason_ends_with_one_line(listops_dir, tmp_path):
+def test_a_diverging_run_ends_with_one_line(listops_dir, tmp_path):
     path = write_config(
         tmp_path, listops_dir, learning_rate=1e30, lr_schedule="constant", warmup_steps=0,
         grad_clip=0.0, weight_decay=0.0,
@@ -207,11 +207,11 @@ def test_a_learning_rate_beyond_all_reason_ends_with_one_line(listops_dir, tmp_p
     assert_refused(run_cli("--config", path, cwd=tmp_path), "learning rate 1e+30", "learning_rate")
 
 
-def test_logits_that_overflow_float16_are_an_error_wherever_they_are_read(listops_dir, tmp_path):
+def test_logits_that_overflow_float16_are_an_error(listops_dir, tmp_path):
     train(run_config(tmp_path, listops_dir, max_steps=3))
     best = tmp_path / "run" / "best.pt"
     state = torch.load(best)
-    state["model"]["layers.0.expand.weight"].fill_(1e5)  # fits into float32 alone
+    state["model"]["layers.0.expand.weight"].fill_(1e5)  # representable in float32 only
     torch.save(state, best)
     command = ("--checkpoint", best)
     run_cli(*command, "--eval_only", "precision=float32", cwd=tmp_path, check=True)

@@ -110,7 +110,7 @@ def test_every_factor_is_smaller_in_a_longer_sequence() -> None:
         assert (longer[:num_segments] < shorter).all(), f"T = {num_segments}"
 
 
-# Float64 underflows near T = 4452, where vectorised and scalar powers could disagree.
+# Float64 underflows near T = 4452, where vectorized and scalar powers could disagree.
 @pytest.mark.parametrize("num_segments", [*range(4440, 4470), 100_000])
 def test_underflow_leaves_factors_finite_non_negative_and_non_increasing(num_segments: int) -> None:
     factors = retention_factors(num_segments)

@@ -1,4 +1,4 @@
-"""The benchmark's command line: rows, ratios, and what it measures."""
+"""The benchmark's command line: its rows, ratios and measurements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_benchmark(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def rows_in_this_process(monkeypatch):
-    """Measure without a process per row, where its peak of memory is not the point."""
+    """Measure all rows in this process, for tests that do not need the peak memory of a row."""
     monkeypatch.setattr(benchmark, "in_fresh_process", benchmark.in_this_process)
 
 
@@ -140,7 +140,7 @@ def test_a_recomputed_layer_takes_less_memory():
 
 @pytest.mark.slow
 def test_counted_memory_is_what_a_process_grows_by(monkeypatch):
-    """A step of 2 GiB. Every tensor is mapped by itself: glibc's heap has holes between tensors."""
+    """A step of 2 GiB. Each tensor has its own mapping, since glibc's heap would have holes."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     row = benchmark.validate_row({
         "system": "RMAAT, BPTT", "seq_len": 1024, "segment_len": 512, "device": "cpu",
@@ -224,7 +224,7 @@ LISTOPS = ["batch_size=2", "max_seq_len=256"]  # 8 segments of the model of conf
 
 @pytest.mark.parametrize(("precision", "today"), [("float32", 2669), ("bfloat16", 3613)])
 def test_a_step_launches_a_quarter_less_than_it_did(precision, today):
-    """Against the kernels of a step at 06e213c, counted alike."""
+    """Compared with the kernels of a step at commit 06e213c, counted in the same way."""
     config = load_config(ROOT / "configs/config_v10.yaml", [*LISTOPS, f"precision={precision}"])
     model, batch = build_model(config), tiny_batch(config)
     for parameter in model.parameters():
@@ -233,7 +233,7 @@ def test_a_step_launches_a_quarter_less_than_it_did(precision, today):
 
 
 def test_counted_operations_are_those_of_the_replay():
-    """(4T - 1) / (3T) of BPTT's, less what does not depend on the segments."""
+    """They are (4T - 1) / (3T) of BPTT's, except for operations outside the segments."""
     row = {"seq_len": 512, "segment_len": 64, "device": "cpu", "batch_size": 2}
     counted = []
     for system in ("RMAAT, AMRB", "RMAAT, BPTT"):

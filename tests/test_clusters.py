@@ -35,8 +35,8 @@ def test_the_slurm_job_queues_itself_again_when_it_was_cut(tmp_path, status, req
         assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
 
 
-def test_the_wandb_sweep_starts_runs_of_ours(tmp_path):
-    """The command as W&B's agent builds it, with a `python` that only prints its arguments."""
+def test_the_wandb_sweep_starts_our_runs(tmp_path):
+    """W&B's agent builds the command; `python` is a stub that prints its arguments."""
     sweep = yaml.safe_load((ROOT / "examples/wandb_sweep.yaml").read_text())
     assert sweep["metric"]["name"] == "val_accuracy"  # a key of the runs' log
     assert set(sweep["parameters"]) <= set(Config.model_fields)

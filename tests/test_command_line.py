@@ -37,13 +37,13 @@ from run.program import run_program
 from sweep import load_runs
 from train import train
 
-CHANCE = 0.17  # the share of ListOps' most frequent answer
+CHANCE = 0.17  # majority-class accuracy of ListOps
 
 
 # Logs
 
 
-def test_a_redirected_log_holds_what_is_expected_the_evaluations_and_the_result_alone(trained):
+def test_a_redirected_log_holds_cost_evaluations_and_result_only(trained):
     choice, *lines = (trained / "stdout").read_text().splitlines()
     assert choice.startswith("float32, eager: ")
     assert lines[0] == "listops (generated): train 200, val 20, test 20"
@@ -89,7 +89,7 @@ def test_wandb_offline_leaves_a_run_to_be_sent_later(tmp_path, listops_dir):
 
 @pytest.fixture
 def wandb(monkeypatch) -> MagicMock:
-    """A client that accepts everything, in place of the real one."""
+    """Replace the client by one that accepts everything."""
     client = MagicMock()
     client.init.return_value.id, client.init.return_value.dir = "id", "wandb/offline-run-2/files"
     client.init.return_value.offline = True
@@ -169,7 +169,7 @@ def test_a_sweep_that_cannot_work_is_refused_before_it_starts(tmp_path, listops_
 
 def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir, trained):
     path = write_config(tmp_path, listops_dir, dropout=0.1, bucket_by_length=True)
-    # The first run is finished, the second was cut, the third has not begun.
+    # The first run is finished, the second was interrupted, the third has not started.
     command = ["--config", path]
     shutil.copytree(trained / "runs/run", tmp_path / "runs/run_seed0")
     cut = ["run_name=run_seed1", "seed=1", "stop_after_steps=4"]
@@ -203,7 +203,7 @@ def test_a_sweep_is_resumed_and_ends_in_a_table(tmp_path, listops_dir, trained):
     ["--checkpoint", "runs/run/model.safetensors"],
 ], ids=lambda a: a[-1])
 def test_evaluation_finds_what_the_training_reported(trained, arguments):
-    if arguments[1].endswith(".safetensors"):  # it leaves out where this machine's data are
+    if arguments[1].endswith(".safetensors"):  # without this machine's data folder
         config = (trained / "tiny.yaml").read_text()
         arguments = [*arguments, re.search(r"data_dir: (.*)", config)[0].replace(": ", "=")]
     result = run_cli("--eval_only", *arguments, cwd=trained)
@@ -261,7 +261,7 @@ def test_predictions_are_those_of_the_evaluation_in_the_order_of_the_input(train
     for p in predictions:
         assert sum(p["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert max(range(10), key=p["probabilities"].__getitem__) == p["class"]
-    # From standard input, backwards and in batches of another size: the same, backwards.
+    # The same lines in reverse, from standard input and in other batches: reversed predictions.
     backwards = "\n".join(reversed(text.splitlines()))
     again = run_cli(*command, "-", "batch_size=3", cwd=trained, stdin=backwards)
     assert again.returncode == 0, again.stderr
@@ -338,7 +338,7 @@ def write_reviews(data_dir: Path, praise: str, blame: str) -> None:
 
 
 def test_a_model_of_words_brings_its_vocabulary(tmp_path):
-    """Its predictions do not depend on data that have changed since, or are gone."""
+    """Its predictions stay the same after the data have changed or were removed."""
     write_reviews(tmp_path / "datasets", "splendid", "dreadful")
     path = tmp_path / "words.yaml"
     path.write_text(
@@ -355,7 +355,7 @@ def test_a_model_of_words_brings_its_vocabulary(tmp_path):
         result = run_cli("--checkpoint", name, "--predict", "-", cwd=tmp_path, stdin=text)
         assert result.returncode == 0, result.stderr
         assert [json.loads(line)["class"] for line in result.stdout.splitlines()] == [1, 0]
-    # Other reviews, other ids: only with the checkpoint's own vocabulary are they read right.
+    # Other reviews give words other ids: only the checkpoint's vocabulary is correct.
     write_reviews(tmp_path / "datasets", "splendid", "dreadful and long and dull")
     result = run_cli("--checkpoint", weights[0], "--eval_only", cwd=tmp_path, check=True)
     assert json.loads(result.stdout.splitlines()[-1])["test_accuracy"] == 1.0

@@ -1,4 +1,4 @@
-"""The configuration: what is accepted, what is refused, and in which words."""
+"""The configuration: accepted values, refused values, and the messages."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_impossible_combinations_are_refused():
         tiny_config(readout_norm="batch", batch_size=1)
 
 
-def test_two_documents_fill_whole_segments_or_one_between_them():
+def test_two_documents_fill_full_segments_or_share_one():
     pair = {"dataset": "aan", "max_seq_len": 64}
     assert tiny_config(**pair, num_segments=1).segment_len == 64
     for change in ({"num_segments": 1, "document_pair": "separate"},
@@ -182,13 +182,13 @@ def test_every_shipped_configuration_builds_and_overfits_one_batch(path):
     torch.manual_seed(0)
     model = build_model(config)
     optimizers = build_optimizers(model, config).values()
-    # Two segments of it: enough for the memory to matter, and quick.
+    # Two segments: quick, and the memory matters.
     lengths = [2 * config.segment_len, config.segment_len + 5, 30, 7]
     batch = tiny_batch(config, [min(n, config.max_seq_len) for n in lengths])
     width = max(lengths)
     batch = batch._replace(
         tokens=batch.tokens[:, :width], mask=batch.mask[:, :width],
-        labels=torch.arange(4) % config.task.num_classes,  # never all the same
+        labels=torch.arange(4) % config.task.num_classes,  # not all equal
     )
     losses = []
     for _ in range(25):
@@ -228,6 +228,6 @@ def test_every_key_belongs_to_one_group_and_to_the_main_configuration():
 
 
 def test_the_configuration_page_is_current():
-    """`python docs/generate_configuration.py > docs/configuration.md` brings it up to date."""
+    """`python docs/generate_configuration.py > docs/configuration.md` updates it."""
     page = runpy.run_path(str(ROOT / "docs/generate_configuration.py"))["page"]()
     assert (ROOT / "docs/configuration.md").read_text() == page + "\n"

@@ -25,7 +25,7 @@ REAL_ROW = "( ( ( ( [MED 7 ) ( ( ( [SM 3 ) 0 ) ] ) ) 9 ) ] )\t7\n"
 
 @pytest.fixture
 def data(tmp_path: Path, listops_dir: Path) -> Path:
-    """A private copy of the small data, without its cache."""
+    """Return a private copy of the small data, without its cache."""
     target = tmp_path / "datasets"
     shutil.copytree(listops_dir, target, ignore=shutil.ignore_patterns(".cache"))
     return target
@@ -130,7 +130,7 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(data, bucket):
     assert not np.array_equal(first, epoch_batches(split, tiny_config(seed=1), 0))
 
 
-def test_buckets_leave_no_example_out_for_good(data):
+def test_buckets_leave_out_other_examples_in_each_epoch(data):
     """The examples of an incomplete batch differ between epochs."""
     split = load(data)
     config = tiny_config(bucket_by_length=True, batch_size=64)
@@ -153,7 +153,7 @@ def test_batches_resume_at_any_step(data):
     split = load(data)
     config = tiny_config(bucket_by_length=True)
     steps = training_batches(split, config, CPU)
-    seen = [next(steps)[0] for _ in range(60)]  # two epochs and more
+    seen = [next(steps)[0] for _ in range(60)]  # more than two epochs
     for start in (1, 25, 49, 50):
         (resumed,) = next(training_batches(split, config, CPU, start))
         assert torch.equal(resumed.tokens, seen[start].tokens)
@@ -169,7 +169,7 @@ def test_a_batch_is_trimmed_to_its_longest_sequence(data):
     assert batch.tokens.shape == (5, -(-longest // 16) * 16)
     assert torch.equal(batch.mask.sum(dim=1), torch.from_numpy(split.lengths[short, 0]))
     assert torch.equal(batch.tokens != 0, batch.mask)
-    # The last sequence of the file: nothing lies behind it.
+    # The last sequence of the file: nothing follows it.
     final = collate(split, np.array([199]), config, CPU)
     assert int((final.tokens != 0).sum()) == split.lengths[199]
 

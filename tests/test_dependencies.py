@@ -1,4 +1,4 @@
-"""The pins: what is imported is pinned, what is pinned is locked, and the two locks agree."""
+"""Imported packages are pinned, pinned packages are locked, and the two locks agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIN = re.compile(r"([\w.-]+)==([^\s;\\]+)")
 
 
 def pins(name: str) -> set[tuple[str, str]]:
-    """The packages and versions of a requirements file."""
+    """Return the packages and versions of a requirements file."""
     found = set()
     for line in (ROOT / name).read_text().splitlines():
         if match := PIN.match(line):
@@ -26,7 +26,7 @@ def pins(name: str) -> set[tuple[str, str]]:
 
 
 def imported() -> set[str]:
-    """Top-level names of all that the modules import and that is neither ours nor Python's."""
+    """Return the top-level names of all imported third-party modules."""
     names = set()
     sources = [
         path for folder in (".", *(p.parent.name for p in ROOT.glob("*/__init__.py")), "examples")
@@ -47,7 +47,7 @@ def test_every_import_is_pinned():
     assert {PACKAGE_OF.get(name, name).replace("_", "-") for name in imported()} <= direct
 
 
-def test_what_is_asked_for_is_what_the_constraints_allow():
+def test_requirements_are_among_the_constraints():
     assert pins("requirements.txt") <= pins("constraints.txt")
 
 

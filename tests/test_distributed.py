@@ -1,4 +1,4 @@
-"""Several processes and accumulation: the steps of one process that takes the whole batch."""
+"""Several processes or accumulation take the steps of one process with the full batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def first_gradients_of_one_rank(rank: int, port: int, runs: list[tuple[Config, P
     with joined_processes():
         for config, path in runs:
             first_gradients(config, path)
-    # A thread of gloo that outlives the interpreter now and then aborts it.
+    # A gloo thread that outlives the interpreter sometimes aborts it.
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads
 
@@ -86,7 +86,7 @@ def test_accumulated_batches_have_the_gradients_of_one(listops_dir, tmp_path):
 
 
 def run_in_processes(count: int, *arguments: object, cwd: Path) -> subprocess.Popen:
-    """`run_train.py` under torchrun."""
+    """Run `run_train.py` under torchrun."""
     launcher = [
         "-m", "torch.distributed.run", f"--nproc_per_node={count}",
         f"--master_port={free_port()}",
@@ -96,14 +96,14 @@ def run_in_processes(count: int, *arguments: object, cwd: Path) -> subprocess.Po
 
 @pytest.fixture(scope="module")
 def one_process(listops_dir, tmp_path_factory) -> Path:
-    """The folder of a run of one process, batch 8."""
+    """Return the folder of a run of one process, batch 8."""
     folder = tmp_path_factory.mktemp("one")
     train(config_of(listops_dir, folder, "run", batch_size=8))
     return folder / "run"
 
 
 def assert_follows(folder: Path, one: Path) -> None:
-    """The run in `folder` has the weights and metrics of the run `one`."""
+    """Assert that the run in `folder` has the weights and metrics of the run `one`."""
     weights, expected = (checkpoint.load(f / "last.pt")["model"] for f in (folder, one))
     assert largest_difference(weights, expected) <= WEIGHT_TOLERANCE
     rows, expected_rows = read_metrics(folder), read_metrics(one)
@@ -147,7 +147,7 @@ def test_a_signal_to_torchrun_saves_one_checkpoint(listops_dir, tmp_path):
     assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["step"] > 0
 
 
-def test_a_mistake_is_told_once_by_all_processes(tmp_path):
+def test_a_mistake_is_reported_once_by_all_processes(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"dataset: aan\ndata_dir: {tmp_path}\n")
     process = run_in_processes(2, "--config", path, cwd=tmp_path)

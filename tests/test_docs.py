@@ -1,4 +1,4 @@
-"""The documents: links resolve, commands parse, and accuracies are those of `results/`."""
+"""Documents: links resolve, commands parse, and accuracies equal those in `results/`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives a page's headings."""
+    """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.+)$", without_code(page), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """The programs of this repository in the documents' code blocks, and their arguments."""
+    """Return this repository's commands in the documents' code blocks, with arguments."""
     found = []
     for block in (block for page in CURRENT for block in code_blocks(page, "bash")):
         for line in re.split(r"\n|&&|\||;", block.replace("\\\n", " ")):
@@ -109,7 +109,7 @@ def test_imports_in_the_documents_exist():
 
 
 def table_rows(page: Path) -> list[dict[str, str]]:
-    """The rows of all tables of a page, by the heads of their columns."""
+    """Return the rows of all tables of a page, keyed by column header."""
     rows, head = [], None
     for line in without_code(page).splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -121,7 +121,7 @@ def table_rows(page: Path) -> list[dict[str, str]]:
 
 
 def linked_runs(page: Path, cell: str) -> tuple[str, list[dict]]:
-    """The text of a cell's link, and the summaries of the linked run, or of its seeds."""
+    """Return the text of a cell's link, and the summaries of the linked run or its seeds."""
     text, target = (LINK.findall(cell) or [("", "nowhere")])[0]
     folder = page.parent / target
     files = [*folder.glob("summary.json"), *folder.glob("seed*/summary.json")]
@@ -130,7 +130,7 @@ def linked_runs(page: Path, cell: str) -> tuple[str, list[dict]]:
 
 @by_page
 def test_accuracies_are_those_of_the_linked_runs(page):
-    """Of a linked figure, and of the column `ours` in a row that links a run: mean ± deviation."""
+    """Linked figures, and those of the column `ours`, are mean ± standard deviation."""
     for row in table_rows(page):
         links = [linked_runs(page, cell) for cell in row.values()]
         figures = [(text, runs) for text, runs in links if runs and FIGURE.match(text)]

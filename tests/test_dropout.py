@@ -1,4 +1,4 @@
-"""Dropout: its rate, its independence between places and elements, and that a key repeats it."""
+"""Dropout: its rate, its independence between masks and elements, and repetition by key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ONES = torch.ones(400, 500)
 STANDARD_ERRORS = 5
 
 
-def kept(p: float, seed: int, place: int = 0) -> torch.Tensor:
-    key = derive_keys(torch.tensor(seed), place, 1)[0]
+def kept(p: float, seed: int, number: int = 0) -> torch.Tensor:
+    key = derive_keys(torch.tensor(seed), number, 1)[0]
     return dropout(ONES, p, key) != 0
 
 
@@ -30,8 +30,8 @@ def test_a_key_repeats_its_mask_and_none_drops_nothing():
     assert dropout(ONES, 0.3, None) is ONES
 
 
-def test_the_seed_is_drawn_on_the_cpu_whatever_the_device():
-    """A CUDA generator is left unusable by a capture that failed."""
+def test_the_seed_is_always_drawn_on_the_cpu():
+    """A failed capture leaves a CUDA generator unusable."""
     torch.manual_seed(1)
     numbers = [int(draw_seed(torch.device("cpu"))) for _ in range(2)]
     torch.manual_seed(1)
@@ -39,13 +39,13 @@ def test_the_seed_is_drawn_on_the_cpu_whatever_the_device():
     assert int(draw_seed(torch.device("cpu"))) == numbers[1] != numbers[0]
 
 
-@pytest.mark.parametrize(("other_seed", "other_place"), [(1, 5), (2, 4), (12345, 4)])
-def test_masks_of_different_places_and_seeds_are_independent(other_seed, other_place):
-    a = kept(0.5, seed=1, place=4).double() - 0.5
-    b = kept(0.5, seed=other_seed, place=other_place).double() - 0.5
+@pytest.mark.parametrize(("other_seed", "other_number"), [(1, 5), (2, 4), (12345, 4)])
+def test_masks_of_different_numbers_and_seeds_are_independent(other_seed, other_number):
+    a = kept(0.5, seed=1, number=4).double() - 0.5
+    b = kept(0.5, seed=other_seed, number=other_number).double() - 0.5
     bound = STANDARD_ERRORS * 0.25 / ONES.numel() ** 0.5
     assert abs(float((a * b).mean())) < bound
-    # Neither are they shifted copies of each other or of themselves.
+    # They are not shifted copies of each other or of themselves, either.
     for shift in (1, 2, 64, 500):
         shifted = a.flatten().roll(shift).view_as(a)
         assert abs(float((shifted * b).mean())) < bound

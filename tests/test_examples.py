@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, from any folder."""
+"""The examples run by the commands in their docstrings, from any folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def own_dataset(*arguments: object, cwd) -> object:
     return finished(start_process("examples/own_dataset.py", *arguments, cwd=cwd))
 
 
-def test_a_data_set_of_ones_own_is_swept_and_predicted(tmp_path):
+def test_a_custom_data_set_is_swept_and_predicted(tmp_path):
     result = own_dataset(*QUICK, "seed=0,1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "runs/own_seed1/summary.json").read_text())
@@ -46,7 +46,7 @@ def test_a_wrong_row_of_the_file_is_named(tmp_path, content, words):
     assert_refused(own_dataset(*QUICK, cwd=tmp_path), *words)
 
 
-def test_a_model_of_ones_own_learns_by_amrb_what_only_the_memory_carries(tmp_path):
+def test_a_custom_model_trains_by_amrb_and_needs_its_memory(tmp_path):
     result = run_script("examples/own_model.py", "--steps", 60, cwd=tmp_path, check=True)
     difference = re.search(r"gradients differ by (\S+) of their norm", result.stdout)
     assert float(difference[1]) < 1e-5

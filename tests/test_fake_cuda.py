@@ -1,7 +1,7 @@
 """The CUDA path on tensors without data: one device, no wait for it, no random draw.
 
 `FakeTensorMode` runs every operation on shapes, types and devices alone. A training step on fake
-CUDA tensors shows what a GPU would refuse, and on which operation.
+CUDA tensors fails at the operation that a GPU would refuse.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def fake_cuda(monkeypatch) -> None:
 
 @contextlib.contextmanager
 def fake_step(config: Config, device: str) -> Iterator[tuple[Any, Batch, torch.Tensor, Operations]]:
-    """A model, a padded batch of two segments and a seed, all without data."""
+    """Return a model, a padded batch of two segments and a seed, all without data."""
     model = build_model(config)
-    model.fixed_shapes = True  # on another device than the CPU all samples run every segment
+    model.fixed_shapes = True  # on devices other than the CPU, all samples run every segment
     length = 2 * config.segment_len * config.num_sequences
     if config.segments_per_sequence == 1:
         length //= 2
@@ -127,7 +127,7 @@ def check_step(config: Config) -> list[str]:
 
 
 def shipped(name: str, **changes: Any) -> Config:
-    # Dropout is half of the operations: the systems have it.
+    # Dropout is half of the operations; the tests of the other systems include it.
     changes = {"device": "cuda", "num_layers": 1, **changes, "dropout": 0.0}
     return make_config({**read_mapping(CONFIGS / f"{name}.yaml"), **changes})
 

@@ -1,4 +1,4 @@
-"""The house: modules import downwards only; `tach.toml` states the floors."""
+"""Modules import downwards only; `tach.toml` defines the import layers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_an_import_that_runs_upwards_is_found(tmp_path):
     assert "run/checkpoint.py" in check.stdout + check.stderr
 
 
-def test_every_module_has_a_floor(tmp_path):
+def test_every_module_has_a_layer(tmp_path):
     house = copy_of_the_code(tmp_path)
     (house / "homeless.py").write_text("import model\n")
     assert tach_check(house).returncode != 0
 
 
 def test_the_command_line_answers_without_torch():
-    """A refused configuration waits for none of the libraries that only training needs."""
+    """A configuration is refused before the libraries for training are loaded."""
     heavy = ("torch", "wandb", "matplotlib", "huggingface_hub", "scipy")
     program = (
         "import sys, run_train; sys.argv = ['run_train.py', '--config', 'none.yaml']; "

@@ -1,4 +1,4 @@
-"""Properties of the generated ListOps data; every expectation here is computed the naive way."""
+"""Properties of the generated ListOps data, checked against naive implementations."""
 
 import functools
 import hashlib
@@ -216,7 +216,7 @@ def test_lengths_lie_strictly_between_the_bounds(full_length_rows, short_trees) 
         counted = [token for token in source.split(" ") if token not in "()"]
         assert 500 < len(counted) < 2_000
     lengths = {length_of(tree) for tree in short_trees}
-    # With this many sequences both extremes occur, so an off-by-one would show.
+    # With this many sequences both extremes occur, so an off-by-one error would be found.
     assert (min(lengths), max(lengths)) == (6, 59)
 
 
@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_no_file_and_no_worker(moment: str, tmp_path: Path) -> Non
         reached = lambda: len(children.read_text().split()) >= 3  # noqa: E731
     wait_for(process, reached)
     os.killpg(process.pid, signal.SIGINT)
-    _, message = process.communicate(timeout=60)  # workers hold the pipe as long as they live
+    _, message = process.communicate(timeout=60)  # workers hold the pipe until they end
     assert process.returncode == 130
     assert "Traceback" not in message
     assert not files_under(tmp_path)

@@ -1,6 +1,6 @@
 """Properties of the generated Pathfinder data.
 
-The labels are checked from what is drawn: the markers are found in the image, and the contours are
+The labels are checked independently: the markers are found in the image, and the contours are
 followed through paddles that have no contour number.
 """
 
@@ -83,17 +83,17 @@ def drawn_problem() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def find_markers(image: np.ndarray) -> list[complex]:
-    """Return the centres of the two brightest 3 x 3 blobs."""
+    """Return the centers of the two brightest 3 x 3 blobs."""
     mean = ndimage.uniform_filter(image.astype(float), 3, mode="constant")
-    centres = []
+    centers = []
     for _ in range(2):
         row, column = np.unravel_index(mean.argmax(), mean.shape)
         assert mean[row, column] > 140  # no crossing of paddles is as bright as a disk
         around = image[row - 1 : row + 2, column - 1 : column + 2].astype(float)
         dy, dx = ndimage.center_of_mass(around)
-        centres.append(complex(column + dx - 0.5, row + dy - 0.5))
+        centers.append(complex(column + dx - 0.5, row + dy - 0.5))
         mean[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3] = 0
-    return centres
+    return centers
 
 
 def reaches(paddles: np.ndarray, start: complex, goal: complex) -> bool:
@@ -133,7 +133,7 @@ def test_every_scene_has_all_its_contours(
 
 
 @pytest.mark.parametrize("split", FOLDERS)
-def test_only_neighbours_in_a_contour_come_within_the_margin(split: str) -> None:
+def test_only_neighbors_in_a_contour_come_within_the_margin(split: str) -> None:
     scenes = scenes_of(split)
     contours = [group[:, i] for group in scenes for i in range(group.shape[1])]
     owner = np.concatenate([np.full(c.shape[1], i) for i, c in enumerate(contours)])
@@ -204,7 +204,7 @@ def test_label_moves_one_marker_and_nothing_else() -> None:
 
 
 def test_paddle_and_marker_have_their_size() -> None:
-    """Painted areas, in square pixels, against those of a line with round ends and of a disk."""
+    """Painted areas, in square pixels, equal those of a line with round ends and of a disk."""
     rng = np.random.default_rng(0)
     n = 200
     tail = pathfinder.uniform_points(rng, 8, n)
@@ -241,7 +241,7 @@ def test_no_simple_statistic_tells_the_label(statistic, images_and_labels) -> No
 
 
 def test_distance_of_the_markers_hardly_tells_the_label() -> None:
-    """It cannot be equal in law; the seeds being SEED_DISTANCE apart makes it nearly so."""
+    """The two distributions cannot be equal; SEED_DISTANCE between seeds makes them nearly so."""
     rng = np.random.default_rng(8)
     targets = pathfinder.draw_targets(rng, 12_000, HARD.contour_length)
     targets = targets[pathfinder.markers_fit(targets)]

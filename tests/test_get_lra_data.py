@@ -1,4 +1,4 @@
-"""get_lra_data.sh against a server on this machine that refuses and corrupts."""
+"""get_lra_data.sh with a local server that refuses requests and corrupts files."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path, server: Server) -> Shell:
-    """The script with small published sizes, and a generator that only notes its arguments."""
+    """Return the script with small published sizes, and a generator that records its arguments."""
     (tmp_path / "bin").mkdir()
     shell = Shell(tmp_path, {
         "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path),
@@ -186,7 +186,7 @@ def shell(tmp_path: Path, server: Server) -> Shell:
 
 
 def row(output: str, name: str) -> list[str]:
-    """The state and the source of a data set in the table."""
+    """Return the state and the source of a data set in the printed table."""
     return next(line.split()[1:3] for line in output.splitlines() if line.startswith(name + " "))
 
 
@@ -259,7 +259,7 @@ def test_wrong_usage(arguments, shell):
 
 
 def test_without_arguments_it_fetches_generates_and_explains(shell, server):
-    server.refused.add("/cifar10")  # one failure does not keep the others from being fetched
+    server.refused.add("/cifar10")  # the others are fetched after one failure
     result = shell()
     assert server.asked == ["/cifar10", "/imdb"]
     assert read_files(shell.data) == imdb_files()

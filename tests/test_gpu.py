@@ -1,6 +1,6 @@
-"""What only a CUDA device shows: `pytest -m gpu`.
+"""Tests that need a CUDA device: `pytest -m gpu`.
 
-`TEST_DEVICE=cpu pytest -m gpu` rehearses on a CPU what needs no graph.
+`TEST_DEVICE=cpu pytest -m gpu` runs those without CUDA graphs on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.acceleration import GraphedBackward, compile_model
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
-# Of the whole gradient's norm; matrix products of float32 are not TF32 unless asked for.
+# Relative to the full gradient's norm; products of float32 matrices do not use TF32 by default.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 ON_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="graphs need a CUDA device")
 
@@ -36,7 +36,7 @@ def gpu_config(**changes):
 
 
 def gradients(model, backward, batch) -> dict[str, torch.Tensor]:
-    """One batch's gradients, from nothing and from an equal seed."""
+    """Return the gradients of one batch, from cleared gradients and a fixed seed."""
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -47,7 +47,7 @@ def gradients(model, backward, batch) -> dict[str, torch.Tensor]:
 
 
 def assert_alike(actual, expected, precision) -> None:
-    """By the whole gradient; in float32 by each tensor as well."""
+    """Assert equal gradients within a tolerance; in float32 for each tensor as well."""
     whole = torch.cat([g.flatten() for g in expected.values()]).norm()
     difference = torch.cat([(actual[n] - g).flatten() for n, g in expected.items()]).norm()
     assert difference <= TOLERANCE[precision] * whole
@@ -89,7 +89,7 @@ def test_the_fused_response_is_the_reference(attention, precision):
 @pytest.mark.parametrize(("attention", "precision", "compiled"), [
     *((attention, precision, False)
       for attention in ATTENTIONS for precision in ("float32", "bfloat16")),
-    ("astro", "bfloat16", True),  # half a minute each: this one stands for the others
+    ("astro", "bfloat16", True),  # half a minute each, so one system represents all
 ])
 def test_graphs_of_interleaved_shapes_have_the_eager_gradients(attention, precision, compiled):
     config = gpu_config(attention_type=attention, precision=precision, dropout=0.2)

@@ -1,4 +1,4 @@
-"""AMRB is BPTT: the same gradients under every switch, precision and frozen parameter."""
+"""AMRB has the gradients of BPTT under every switch, precision and frozen parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SYSTEMS = ROOT / "configs/tables"
 
 
 def worst_difference(config, dtype, batch, kept: int = 1) -> float:
-    """Between AMRB's gradients and BPTT's, by `largest_difference`."""
+    """Return the `largest_difference` between the gradients of AMRB and BPTT."""
     expected, bptt = gradients_of(config, bptt_backward, batch, dtype)
     amrb_keeping = functools.partial(amrb_backward, kept=kept)
     actual, amrb = gradients_of(config, amrb_keeping, batch, dtype)
@@ -31,7 +31,7 @@ def worst_difference(config, dtype, batch, kept: int = 1) -> float:
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "memory"])
 @pytest.mark.parametrize("attention", ["astro", "softmax", "linear", "nystrom", "luna"])
-def test_gradients_do_not_depend_on_what_is_kept_and_what_replayed(attention, pooling):
+def test_gradients_do_not_depend_on_the_replayed_segments(attention, pooling):
     config = tiny_config(
         max_seq_len=48, attention_type=attention, pooling=pooling, dropout=0.3
     )
@@ -122,7 +122,7 @@ UNTRAINED = {
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "memory"])
 @pytest.mark.parametrize("kind", UNTRAINED)
-def test_amrb_trains_what_bptt_trains_where_the_rest_is_frozen(kind, pooling):
+def test_amrb_equals_bptt_with_frozen_parameters(kind, pooling):
     config = tiny_config(dropout=0.2, pooling=pooling)
     batch = tiny_batch(config, [40, 17, 9])
     found = []
@@ -148,7 +148,7 @@ def test_with_another_seed_in_the_replay_dropout_breaks_it(monkeypatch):
     assert worst_difference(config, torch.float64, batch) > 1e-3
 
 
-def test_both_leave_the_random_state_at_the_same_place():
+def test_both_leave_the_same_random_state():
     config = tiny_config(dropout=0.3)
     states = []
     for backward in (bptt_backward, amrb_backward):

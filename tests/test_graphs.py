@@ -1,4 +1,4 @@
-"""CUDA graphs rehearsed on a CPU, and what a step must not do to be captured."""
+"""CUDA graphs simulated on a CPU, and the restrictions on a captured step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ATTENTIONS = ["astro", "softmax", "linear", "nystrom", "luna"]
 
 
 def fixed_model(config):
-    """With the shapes that a graph needs."""
+    """Build a model with the fixed shapes that a graph needs."""
     model = build_model(config)
     model.fixed_shapes = True
     return model
 
 
 def clear(model) -> None:
-    """Zero gradients, in the tensors that graphs write to."""
+    """Set gradients to zero, in the tensors that graphs write to."""
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -40,7 +40,7 @@ def clear(model) -> None:
 
 
 def gradients(model, backward, batch, seed=3) -> torch.Tensor:
-    """After one more call, from nothing."""
+    """Return the gradients of one more call."""
     clear(model)
     torch.manual_seed(seed)
     backward(model, batch, 1.0)
@@ -108,7 +108,7 @@ def run_losses(listops_dir, tmp_path, name, **changes) -> list[float]:
 
 @pytest.fixture
 def graphs_on(monkeypatch, fake_cuda_graphs):
-    """Let runs take graphs from here on; return the list of those that were made."""
+    """Let runs use graphs; return the list to which every new graph is added."""
     made = []
 
     def make(step):
@@ -132,7 +132,7 @@ def test_a_run_by_graphs_is_the_eager_run(listops_dir, tmp_path, graphs_on, monk
     (backward,) = graphs_on
     assert backward.enabled and backward.captures
     with monkeypatch.context() as patch:
-        # The same batches: graphs pad to whole segments.
+        # The same batches: graphs pad to full segments.
         patch.setattr(GraphedBackward, "_try_capture", lambda *_: None)
         eager = run_losses(listops_dir, tmp_path, "eager", **changes)
     assert graphed == pytest.approx(eager, rel=1e-3 if "precision" in changes else 1e-5)
@@ -174,7 +174,7 @@ def test_a_replay_that_computes_something_else_is_not_used(fake_cuda_graphs, mon
     assert "cuda_graphs is off: its gradients differ from eager ones" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_in_a_capture_lets_less_be_kept(fake_cuda_graphs, capsys):
+def test_a_capture_without_memory_is_repeated_with_more_replays(fake_cuda_graphs, capsys):
     def backward(model, batch, scale, seed, kept):
         if kept > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -191,7 +191,7 @@ def test_memory_that_runs_out_in_a_capture_lets_less_be_kept(fake_cuda_graphs, c
 
 @pytest.fixture
 def meta_is_a_device(monkeypatch):
-    """A device without data: nothing can be read from it, and the host's tensors do not fit."""
+    """Treat `meta` as a device: it has no data to read, and rejects tensors of the host."""
     autocast = torch.autocast
     monkeypatch.setattr(
         torch, "autocast", lambda device_type, *args, **kwargs:

@@ -57,7 +57,7 @@ def test_a_hidden_layer_relates_what_a_sum_cannot(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("few_scenes")
-def test_the_distance_of_the_markers_separates_short_contours() -> None:
+def test_the_distance_of_the_markers_separates_contours_of_6() -> None:
     scores, _ = markers.measure(DIFFICULTIES["baseline"], None)
     assert scores["distance, in full pixels"][1] > 58
 

@@ -41,7 +41,7 @@ class Carrier(SegmentRecurrent):
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 1.0), (1.0, 0.5**0.5)])
-def test_reach_is_the_share_that_is_carried(share: float, expected: float) -> None:
+def test_reach_is_the_retained_share(share: float, expected: float) -> None:
     model = Carrier()
     model.share = share
     tokens = torch.tensor([[5, 5] + [5, 5] * 3, [9, 9] + [9, 9] * 3])
@@ -83,7 +83,7 @@ def test_memories_and_answers_are_of_the_same_examples(tmp_path: Path, listops_d
     assert sorted(found) == list(range(7))
 
 
-def test_of_a_pair_encoded_apart_the_first_document_is_probed() -> None:
+def test_the_first_document_of_a_separate_pair_is_probed() -> None:
     config = tiny_config(dataset="aan", document_pair="separate", max_seq_len=64)
     tokens = np.arange(10, 10 + 3 * 8, dtype=np.uint8)
     starts = np.arange(6).reshape(3, 2) * 4

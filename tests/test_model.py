@@ -166,7 +166,7 @@ def test_the_pseudo_inverse_is_that_of_moore_and_penrose():
     torch.manual_seed(0)
     matrix = (3 * torch.randn(4, 6, 6, dtype=torch.float64)).softmax(dim=-1)
     matrix[1, 4:], matrix[1, :, 4:] = 0, 0  # a sample with fewer landmarks
-    matrix[2] *= 1e-3  # each matrix is scaled on its own
+    matrix[2] *= 1e-3  # each matrix is scaled separately
     close(pseudo_inverse(matrix, 30), torch.linalg.pinv(matrix), 1e-6)
     assert pseudo_inverse(matrix.bfloat16(), 6).dtype == torch.float32
 
@@ -256,11 +256,11 @@ def test_learned_positions_are_initialized_to_multiples_of_the_sinusoids(scale):
 def test_a_grid_encodes_the_distance_of_two_pixels_along_either_axis():
     side, dim = 8, 16
     grid = grid_positions(torch.arange(side**2), side, dim + 3)
-    assert not grid[:, dim:].any()  # no whole quarter
+    assert not grid[:, dim:].any()  # not a multiple of a quarter
     rows, columns = grid[:, :dim].unflatten(0, (side, side)).chunk(2, dim=-1)
     assert rows.equal(rows[:, :1].expand_as(rows)) and columns.equal(columns[:1].expand_as(columns))
     close(rows[:, 0], columns[0], 1e-6)
-    likeness = rows[:, 0] @ rows[:, 0].T  # sines and cosines: of the distance alone
+    likeness = rows[:, 0] @ rows[:, 0].T  # sines and cosines: a function of the distance alone
     for distance in range(side):
         diagonal = likeness.diagonal(distance)
         close(diagonal, diagonal[:1].expand_as(diagonal), 1e-4)
@@ -280,8 +280,8 @@ def test_a_grid_initializes_learned_positions_next_to_the_position_code(basis):
 
 @pytest.mark.parametrize("changes", [
     {}, {"dataset": "aan", "document_pair": "separate", "max_seq_len": 40, "num_segments": 4},
-], ids=["single", "pairs"])  # of a pair each document, before the match
-def test_a_batch_normed_read_out_gives_the_head_standardized_features(changes):
+], ids=["single", "pairs"])  # each document of a pair, before matching
+def test_batch_norm_gives_the_head_standardized_features(changes):
     model = build_model(tiny_config(readout_norm="batch", **changes))
     seen = []
     model.head[1].register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))

@@ -1,4 +1,4 @@
-"""Weights to share: the files of a run, of `save_pretrained` and of `push_to_hub`."""
+"""Exported weights: the files of a run, of `save_pretrained` and of `push_to_hub`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMITTED = ROOT / "results/listops/rmaat"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, listops_dir):
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs")
     config = tiny_config(data_dir=str(listops_dir), output_dir=str(folder), run_name="shared")
     train(config)
@@ -75,17 +75,17 @@ def test_from_pretrained_takes_a_configuration_or_single_keys(run):
     assert RMAAT.from_pretrained(run, precision="bfloat16").precision == "bfloat16"
 
 
-def test_what_from_pretrained_cannot_load_is_refused_in_one_line(run, tmp_path):
+def test_from_pretrained_refuses_unusable_files_in_one_line(run, tmp_path):
     assert "no such checkpoint" in refusal(RMAAT.from_pretrained, tmp_path)
     assert "another model's" in refusal(lambda: RMAAT.from_pretrained(run, num_layers=1))
-    assert "unknown key colour" in refusal(lambda: RMAAT.from_pretrained(run, colour=1))
+    assert "unknown key color" in refusal(lambda: RMAAT.from_pretrained(run, color=1))
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/summary.json").write_text("{")
     assert "summary.json: not a readable" in refusal(RMAAT.from_pretrained, tmp_path / "run")
 
 
 def test_the_committed_card_is_what_its_run_gives():
-    """If it is not: `RMAAT.from_pretrained(folder).save_pretrained(folder)`."""
+    """`RMAAT.from_pretrained(folder).save_pretrained(folder)` updates it."""
     model = RMAAT.from_pretrained(COMMITTED)
     assert (COMMITTED / "README.md").read_text() == model_card(model.config, model.summary)
 

@@ -1,4 +1,4 @@
-"""The list of mutations and the tool that applies them; the whole campaign is a command."""
+"""The list of mutations and the tool that applies them; a command runs all of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_unknown_name_is_refused(mutations, capsys):
 
 
 @pytest.mark.slow
-def test_what_changes_nothing_survives_and_what_breaks_an_equation_does_not(
+def test_a_mutation_of_an_equation_is_found_and_a_neutral_one_survives(
     mutations, monkeypatch, capsys
 ):
     old = "torch.where(x >= 0, x + 1,"

@@ -1,4 +1,4 @@
-"""The notebook: its cells run, show what its text says, and are committed with their outputs."""
+"""The notebook: its cells run, agree with its text, and are committed with outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def executed():
-    """The names that the cells leave, run one after the other as in the notebook's own folder."""
+    """Run all cells in order in the notebook's folder; return the names that they define."""
     threads, names, shown = torch.get_num_threads(), {"__name__": "__main__"}, []
     with pytest.MonkeyPatch.context() as patch, plt.rc_context():
         patch.chdir(NOTEBOOK.parent)
@@ -45,7 +45,7 @@ def test_every_picture_is_committed(executed):
     assert len(pictures) == len(executed["shown"]) >= 5
 
 
-def test_it_shows_what_its_text_says(executed):
+def test_outputs_agree_with_the_text(executed):
     assert executed["difference"] < 1e-9 < 1e-3 < executed["control"]
     bptt, amrb = executed["memory"]["BPTT"], executed["memory"]["AMRB"]
     assert bptt[-1] > 10 * bptt[0] and amrb[-1] < 1.5 * amrb[0]

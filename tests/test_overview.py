@@ -12,7 +12,7 @@ from train import plan
 from training.diagnostics import count_flop
 
 
-def test_a_replay_costs_a_forward_pass_and_counting_leaves_the_model_as_it_was():
+def test_a_replay_costs_a_forward_pass_and_counting_changes_nothing():
     def flop(**changes) -> float:
         model = build_model(tiny_config(**changes))
         result = count_flop(model, tiny_batch(model.config))
@@ -35,7 +35,7 @@ def test_backpropagation_through_time_is_expected_to_take_more_memory(listops_di
     assert memory(memory_replay_backprop=False) > memory() + 5
 
 
-def test_a_dry_run_says_what_a_run_would_take_and_makes_no_folder(tmp_path, listops_dir):
+def test_a_dry_run_prints_the_expected_cost_and_makes_no_folder(tmp_path, listops_dir):
     path = write_config(tmp_path, listops_dir)
     result = run_cli("--config", path, "seed=0,1", "--dry_run", cwd=tmp_path, check=True)
     lines = result.stdout.splitlines()

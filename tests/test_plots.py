@@ -1,4 +1,4 @@
-"""Figures: drawn from files as a user would, up to date with the results, and never in the way."""
+"""Figures: drawn from files by command, current with the results, and never the end of a run."""
 
 from __future__ import annotations
 

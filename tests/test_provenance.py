@@ -1,4 +1,4 @@
-"""Which files are used, and what a run says of them: complete, incomplete, generated, unknown."""
+"""The files that a run uses, and their reported origin and completeness."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fresh_notes(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """ListOps, complete by its own record, at the depth to which the official archive unpacks."""
+    """Return ListOps in the official folder layout, complete by its own record."""
     generate_listops(tmp_path / "made", seed=0, **SMALL)
     deeper = tmp_path / "data" / "lra_release" / LISTOPS
     deeper.parent.mkdir(parents=True)
@@ -117,13 +117,13 @@ def test_a_damaged_record_marks_data_as_generated(data):
 @pytest.mark.parametrize("split", ["baseline", "intermediate", "hard"])
 def test_the_tested_pathfinder_split_is_named(split, tmp_path):
     folder = generate_pathfinder(tmp_path, seed=0, split=split, images=20, workers=1)
-    if split == "baseline":  # by its other name
+    if split == "baseline":  # under its other name
         folder.rename(folder.with_name("curv_contour_length_6"))
     reader, _ = loaded(small_config("pathfinder32", tmp_path, pathfinder_split=split))
     assert reader.origin() == f"generated, {split} split"
 
 
-def test_the_easy_split_in_the_place_of_the_hard_one_is_called_easy(tmp_path, capsys):
+def test_an_easy_split_in_the_folder_of_the_hard_one_is_called_easy(tmp_path, capsys):
     easy = generate_pathfinder(tmp_path, seed=0, split="baseline", images=20, workers=1)
     easy.rename(easy.with_name("curv_contour_length_14"))
     reader, _ = loaded(small_config("pathfinder32", tmp_path))

@@ -115,7 +115,7 @@ def test_held_out_splits_are_disjoint_and_follow_the_seed(dataset, tmp_path):
     assert not np.array_equal(splits[0]["val"].starts, splits[2]["val"].starts)
 
 
-def test_documents_encoded_apart_begin_at_the_same_column(tmp_path):
+def test_separate_documents_begin_at_the_same_column(tmp_path):
     write_aan(tmp_path)
     apart = small_config("aan", tmp_path, max_seq_len=128, num_segments=4,
                          document_pair="separate")
@@ -124,7 +124,7 @@ def test_documents_encoded_apart_begin_at_the_same_column(tmp_path):
     assert (batch.tokens[:, half] == ord("s") + 1).all()
 
 
-def test_documents_encoded_apart_give_equal_gradients_under_amrb():
+def test_separate_documents_give_equal_gradients_under_amrb():
     config = tiny_config(dataset="aan", max_seq_len=48, num_segments=4, dropout=0.2,
                          document_pair="separate")
     batch = tiny_batch(config, [48, 30, 24])
@@ -167,7 +167,7 @@ def test_images_of_fewer_bits_and_in_color_are_read(tmp_path):
 
 
 def test_the_pickles_of_python_2_and_numpy_1_are_read(tmp_path):
-    """The official files: strings of Python 2, and numpy's module names of 2009."""
+    """The official files have strings of Python 2, and numpy's module names of 2009."""
     text = b"U%c%s"
     pixels = np.random.default_rng(0).integers(256, size=3072, dtype=np.uint8).tobytes()
     content = b"".join((
@@ -237,7 +237,7 @@ def test_an_image_is_not_cut(dataset, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_data_set_of_ones_own_trains_as_the_documents_have_it(tmp_path):
+def test_a_custom_data_set_trains_as_documented(tmp_path):
     page = (ROOT / "docs" / "extending.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
     (program,) = (block for block in blocks if 'TASKS["letters"]' in block)

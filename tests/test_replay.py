@@ -1,4 +1,4 @@
-"""`replay_segments`: kept activations, their cost, and steps that run out of memory."""
+"""`replay_segments`: stored activations, their cost, and steps that run out of memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = {"max_seq_len": 64, "num_segments": 8, "dropout": 0.2}
 
 
 def kept_bytes(model, backward, batch) -> int:
-    """All bytes that autograd keeps in a step, the weights apart."""
+    """Return the bytes that autograd stores in a step, without the weights."""
     weights = {p.data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -34,7 +34,7 @@ def kept_bytes(model, backward, batch) -> int:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_a_segment_keeps_is_measured_in_bytes(precision):
+def test_stored_activations_are_measured_in_bytes(precision):
     config = tiny_config(max_seq_len=256, precision=precision, position_embedding="none")
     model, batch = build_model(config), tiny_batch(config)
     measured = activation_bytes(model, batch)
@@ -45,7 +45,7 @@ def test_what_a_segment_keeps_is_measured_in_bytes(precision):
 
 
 @pytest.mark.parametrize(("fits", "kept"), [(0, 1), (2.5, 3), (100, 8)])
-def test_auto_keeps_what_fits_into_half_of_the_free_memory(monkeypatch, capsys, fits, kept):
+def test_auto_stores_what_fits_into_half_of_the_free_memory(monkeypatch, capsys, fits, kept):
     config = tiny_config(**CONFIG, replay_segments="auto")
     model, batch = build_model(config), tiny_batch(config)
     free = fits / acceleration.REPLAY_SHARE * activation_bytes(model, batch)
@@ -65,7 +65,7 @@ def test_auto_keeps_what_fits_into_half_of_the_free_memory(monkeypatch, capsys, 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_a_step_without_memory_is_done_again_with_less(monkeypatch, capsys, norm):
-    """It fails in the middle of its replays; nothing of it is left in the second try."""
+    """It fails in the middle of its replays; the second try starts from clean gradients."""
     config = tiny_config(**CONFIG, readout_norm=norm, replay_segments=3)
     batch = tiny_batch(config, [64, 30, 9])
     expected, _ = gradients_of(config, bptt_backward, batch)
@@ -106,7 +106,9 @@ def test_a_step_that_never_fits_says_so():
 
 
 @pytest.mark.parametrize("asked", ["auto", 1])
-def test_a_run_trains_alike_whatever_it_replays(listops_dir, tmp_path, monkeypatch, asked):
+def test_training_does_not_depend_on_the_replayed_segments(
+    listops_dir, tmp_path, monkeypatch, asked
+):
     kept = []
     original = amrb_backward
 
@@ -130,5 +132,5 @@ def test_a_run_trains_alike_whatever_it_replays(listops_dir, tmp_path, monkeypat
     {"replay_segments": 9}, {"replay_segments": "some"},
     {"replay_segments": "auto", "memory_replay_backprop": False},
 ], ids=str)
-def test_what_cannot_be_replayed_is_refused(changes):
+def test_impossible_replays_are_refused(changes):
     assert "replay_segments" in refusal(lambda: tiny_config(**CONFIG, **changes))

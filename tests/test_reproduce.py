@@ -1,4 +1,4 @@
-"""The paper's tables: cells that are trained or skipped, the printed table, and `verify`."""
+"""The paper's tables: trained and skipped cells, the printed table, and `verify`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_ablation_changes_one_thing(task):
         ours = values(full_config("ablations", task, name))
         changed = {key for key, value in ours.items() if value != base[key]}
         if name.startswith("segments"):
-            changed.discard("num_hidden")  # of the neighbor initialization: a segment's tokens
+            changed.discard("num_hidden")  # of the neighbor initialization: m is a segment's length
         if name.startswith("segments") and segment_len:
             assert changed <= {"num_segments", "max_seq_len"}
             assert ours["max_seq_len"] // ours["num_segments"] == segment_len
@@ -92,7 +92,7 @@ def test_an_ablation_changes_one_thing(task):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "rmaat"])
-def test_a_compared_system_has_the_positions_of_its_task_and_no_initialization_of_ours(
+def test_a_compared_system_has_the_positions_of_its_task_and_no_neighbor_initialization(
     task, system
 ):
     config, base = full_config("accuracy", task, system), full_config("accuracy", task, "rmaat")
@@ -132,7 +132,7 @@ def test_cells_are_trained_kept_and_not_trained_again(tmp_path, listops_dir):
         "--set", f"data_dir={listops_dir}",
     ]
     first = run_script("reproduce.py", *arguments, cwd=tmp_path)
-    # The data of Text are not there: its cell is reported, that of ListOps is trained.
+    # The data of Text are missing: its cell is reported as such, and that of ListOps is trained.
     assert first.returncode == 1
     (error,) = first.stderr.splitlines()
     assert "accuracy/smoke/text/rmt/seed0" in error and "aclImdb" in error
@@ -142,7 +142,7 @@ def test_cells_are_trained_kept_and_not_trained_again(tmp_path, listops_dir):
     summary = json.loads((folder / "summary.json").read_text())
     assert f"| RMT | {100 * summary['test_accuracy']:.1f}" in first.stdout
     assert "| Text 4K | RMT |  | 65.0 |  |" in first.stdout
-    # The stored command makes this run.
+    # The stored command repeats this run.
     python, script, option, file, *overrides = shlex.split(summary["command"])
     assert (python, script, option) == ("python", "run_train.py", "--config")
     assert load_config(ROOT / file, overrides) == load_config(folder / "config.yaml")
@@ -241,7 +241,7 @@ def test_results_of_other_code_are_marked(tmp_path, monkeypatch):
     assert reproduce.code_mark("unknown") == " (unknown code)"
     runs = [{"test_accuracy": 0.5}, {"test_accuracy": 0.5, "versions": {"commit": commits[2]}}]
     assert reproduce.accuracy_text(runs) == "50.0 ± 0.0 (unknown code)"
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path / "..")  # outside of a repository
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path / "..")  # outside a repository
     assert reproduce.code_mark(commits[2]) == " (unknown code)"
 
 

@@ -1,4 +1,4 @@
-"""The pages of `results/`: their tables state the figures of the runs that they link to."""
+"""Pages of `results/`: the figures in their tables equal those of the linked runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def tables(page: Path) -> list[list[dict[str, str]]]:
-    """The tables of a page, as rows that map the columns' headings to cells."""
+    """Return the tables of a page, as rows that map column headers to cells."""
     blocks = re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.M)
     found = []
     for block in blocks:
@@ -41,14 +41,14 @@ def tables(page: Path) -> list[list[dict[str, str]]]:
 
 
 def linked_runs(page: Path, cell: str) -> list[dict]:
-    """The summaries of the runs in the folders that a cell links to, by seed."""
+    """Return the summaries of the runs in the folders that a cell links to, by seed."""
     folders = [page.parent / path for path in LINK.findall(cell)]
     found = [json.loads(path.read_text()) for x in folders for path in x.rglob("summary.json")]
     return sorted(found, key=lambda run: run["seed"])
 
 
 def assert_states(cell: str, values: list[float], where: str) -> None:
-    """A cell holds the mean, the mean ± standard deviation, or one figure per seed."""
+    """Assert that a cell holds the mean, mean ± standard deviation, or one figure per seed."""
     plain = re.sub(r"(?<=\d),(?=\d{3})", "", cell)  # 1,308 is one figure
     figures = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", plain)]
     if "±" in cell:
@@ -90,7 +90,7 @@ def test_linked_figures_are_test_accuracies(page):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_published_figures_are_those_of_the_paper(task):
-    """The Linear Transformer's are marked as those of the Long Range Arena release."""
+    """Those of the Linear Transformer are marked as figures of the Long Range Arena release."""
     keys = {name: key for key, name in SYSTEMS.items()}
     for table in tables(ROOT / "results" / task / "README.md"):
         for row in table:

@@ -1,4 +1,4 @@
-"""Pairs cut from reviews: nothing but the fit of two parts tells the label."""
+"""Pairs cut from reviews: only the match of the two parts reveals the label."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_pair_is_the_two_parts_of_one_review_or_of_two_of_one_rating(data, spl
 
 
 @pytest.mark.parametrize("split", PARTS)
-def test_labels_are_balanced_and_each_part_stands_in_one_pair(data, split):
+def test_labels_are_balanced_and_each_part_is_in_one_pair(data, split):
     found = rows(data, split)
     assert Counter(row[0] for row in found) == {"0.0": len(found) / 2, "1.0": len(found) / 2}
     for column in (1, 2):
@@ -71,7 +71,7 @@ def test_no_review_is_in_two_files(data):
     assert len(set(names)) == len(names)
 
 
-def test_partners_of_a_negative_pair_are_neighbours_in_length(data):
+def test_partners_of_a_negative_pair_are_neighbors_in_length(data):
     by_rating: dict[str, list[str]] = {}
     for row in rows(data, "test"):
         by_rating.setdefault(row[1].split("_")[-1], []).append(row[1])
@@ -79,7 +79,7 @@ def test_partners_of_a_negative_pair_are_neighbours_in_length(data):
         names.sort(key=lambda name: len(review(data, name)))
     for _, a, b, _, _ in rows(data, "test"):
         names = by_rating[a.split("_")[-1]]
-        assert abs(names.index(a) - names.index(b)) <= 3  # those in between may have no partner
+        assert abs(names.index(a) - names.index(b)) <= 3  # reviews in between may have no partner
 
 
 def test_a_cut_falls_on_a_space_and_loses_nothing_else():

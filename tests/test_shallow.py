@@ -1,4 +1,4 @@
-"""Statistics without order: a signal is found, noise is not, and every task has rows."""
+"""Statistics without order: they find a signal, find none in noise, and cover every task."""
 
 from pathlib import Path
 

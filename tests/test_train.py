@@ -79,7 +79,7 @@ def test_evaluation_is_a_mean_over_examples_without_dropout():
 
 
 def outcome(folder: Path) -> tuple[dict, list[dict]]:
-    """The weights and the metrics of a run, timings left out."""
+    """Return the weights and the metrics of a run, without timings."""
     rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder)]
     return checkpoint.load(folder / "last.pt")["model"], rows
 
@@ -98,7 +98,7 @@ def run_config(tmp_path: Path, listops_dir: Path, name: str, **changes):
     )
 
 
-def test_a_run_leaves_its_folder_as_promised(trained):
+def test_a_run_leaves_the_promised_files(trained):
     folder = trained / "runs/run"
     written = json.loads((folder / "summary.json").read_text())
     assert written["data"] == "generated" and written["steps"] == 12
@@ -119,7 +119,7 @@ def test_a_run_leaves_its_folder_as_promised(trained):
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
-def test_a_run_cut_and_resumed_equals_an_unbroken_one(
+def test_an_interrupted_run_equals_an_uninterrupted_one(
     tmp_path, listops_dir, trained, stop, monkeypatch
 ):
     config = run_config(tmp_path, listops_dir, "cut")
@@ -128,7 +128,7 @@ def test_a_run_cut_and_resumed_equals_an_unbroken_one(
 
     def killed(model, batch, scale):
         if len(calls) == stop:
-            raise KeyboardInterrupt  # not caught by the loop: as a kill, it saves nothing
+            raise KeyboardInterrupt  # not caught by the loop: like a kill, it saves nothing
         calls.append(1)
         return original(model, batch, scale)
 
@@ -136,11 +136,11 @@ def test_a_run_cut_and_resumed_equals_an_unbroken_one(
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
-    train(config, resume=True)  # anew where no checkpoint was saved yet
+    train(config, resume=True)  # from the start where no checkpoint was saved yet
     assert_same_outcome(tmp_path / "cut", trained / "runs/run")
 
 
-def test_a_checkpoint_alone_goes_on_to_the_full_length_in_another_folder(
+def test_a_copied_checkpoint_continues_in_another_folder(
     tmp_path, listops_dir, trained
 ):
     stopped = run_config(tmp_path, listops_dir, "cut", stop_after_steps=10)
@@ -170,7 +170,7 @@ def test_a_resumed_run_names_the_step_of_the_weights_that_it_tests(tmp_path, lis
     assert (summary.best_step, summary.best_val_accuracy) == (11, 1.0)
 
 
-def test_a_run_begun_anew_keeps_nothing_of_the_one_before(tmp_path, listops_dir, trained):
+def test_a_restarted_run_keeps_nothing_of_the_previous_one(tmp_path, listops_dir, trained):
     folder = shutil.copytree(trained / "runs/run", tmp_path / "run")
     (folder / "wandb_id").write_text("of the run before")
     (folder / "last.pt").unlink()
@@ -193,7 +193,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, listops_dir, trained
     train(config)
     assert not torch.equal(outcome(tmp_path / "full")[0]["memory"], weights["memory"])
     train(run_config(tmp_path, listops_dir, "cut", stop_after_steps=2, **changes))
-    # Resumed from its own weights, a run does not need the others any more.
+    # A resumed run has weights of its own and does not need the initial ones.
     monkeypatch.setattr(train_module, "load_initial_weights", None)
     train(run_config(tmp_path, listops_dir, "cut", **changes), resume=True)
     assert_same_outcome(tmp_path / "cut", tmp_path / "full")
@@ -310,8 +310,8 @@ def test_a_run_by_bptt_follows_a_run_by_amrb(tmp_path, listops_dir, trained):
         torch.testing.assert_close(amrb[name], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
-    """The loop adds nothing to the gradients but the clipping."""
+def test_a_step_of_the_loop_uses_the_gradients_of_amrb_backward(listops_dir, tmp_path):
+    """The loop changes the gradients by clipping only."""
     config = run_config(tmp_path, listops_dir, "run", grad_clip=0.0)
     config.run_dir.mkdir()
     trainer = train_module.prepare(config, resume=False)
@@ -325,8 +325,8 @@ def test_a_step_of_the_loop_is_what_amrb_backward_says(listops_dir, tmp_path):
         assert torch.equal(ours.grad, expected.grad)
 
 
-def test_a_batch_normed_readout_is_evaluated_by_the_weights_of_the_step(tmp_path, listops_dir):
-    """Not by what earlier weights made of earlier batches."""
+def test_batch_norm_statistics_are_those_of_the_evaluated_weights(tmp_path, listops_dir):
+    """They are recomputed, not averaged over the outputs of earlier weights."""
     config = tiny_config(
         data_dir=str(listops_dir), output_dir=str(tmp_path), readout_norm="batch",
         learning_rate=0.1, warmup_steps=0, lr_schedule="constant",
@@ -342,14 +342,14 @@ def test_a_batch_normed_readout_is_evaluated_by_the_weights_of_the_step(tmp_path
     )
     recompute_statistics(model, [next(batches)[0] for _ in range(config.max_steps)])
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
-    close(norm.running_mean, before)  # what the run had put there
+    close(norm.running_mean, before)  # the file that the run wrote
     close(norm.running_mean, torch.stack([x.mean(dim=0) for x in seen]).mean(dim=0))
     close(norm.running_var, torch.stack([x.var(dim=0) for x in seen]).mean(dim=0))
     assert norm.training and norm.momentum == READOUT_MOMENTUM
     assert all(p.equal(start[name]) for name, p in model.named_parameters())
 
 
-def test_a_batch_normed_readout_is_refused_where_processes_share_a_step(tmp_path, monkeypatch):
+def test_batch_norm_is_refused_with_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "current_processes", lambda: Processes(0, 2))
     config = tiny_config(readout_norm="batch", output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="2; start one, or set readout_norm=none"):

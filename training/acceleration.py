@@ -84,7 +84,7 @@ class ExecutionPlan(NamedTuple):
     precision: str  # "auto" on CUDA, which `model.autocast_dtype` resolves
     compile: bool
     cuda_graphs: bool
-    reason: str = ""  # of a choice that was made here, or what is slow about the user's
+    reason: str = ""  # for a choice made here, or a warning about a slow one
 
 
 def plan_execution(

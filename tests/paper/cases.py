@@ -49,7 +49,7 @@ def small_config(**changes) -> Config:
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Return it in double precision, with noise on every weight, so that none is 0 or 1."""
+    """Return the model in double precision, with noise on every weight, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The neuron-astrocyte macro model written out: sums as loops, a fixed-step integration.
 
-Nothing here comes from the implementation but the constants that a test hands in.
+It shares no code with the implementation; tests pass the constants.
 
 Source: RMAAT (arXiv 2601.00426), macro model of long-term plasticity and retention factor.
 """
@@ -25,7 +25,7 @@ CYCLE_RATIO = math.exp(-1 / 6)
 
 
 def retention_factors(T: int) -> list[float]:
-    """dp_t / (dp_1 + ... + dp_T) for t = 1 ... T, with the macro model's default constants."""
+    """Return dp_t / (dp_1 + ... + dp_T), t = 1 ... T, with the default constants."""
     increments = list(INCREMENTS[:T])
     while len(increments) < T:
         increments.append(increments[-1] * CYCLE_RATIO)
@@ -34,7 +34,7 @@ def retention_factors(T: int) -> list[float]:
 
 
 def coupling(i: int, j: int, k: int, l: int, constants: object) -> float:  # noqa: E741, the paper's letters
-    """T_ijkl, falling exponentially with the distance of the synapses on their grid."""
+    """Return T_ijkl, which falls exponentially with the distance of the synapses on their grid."""
     distance = math.sqrt((i - k) ** 2 + (j - l) ** 2)
     return constants.coupling_strength * math.exp(-distance / constants.coupling_length)
 
@@ -43,7 +43,7 @@ def macro_model(
     x: Sequence[float], s: Array, p_short: Array, p_long: Array, drive: Sequence[float],
     constants: object,
 ) -> dict[str, dict[str, Array]]:
-    """Every term of the four equations, by the state that it changes and its name, per second.
+    """Return every term of the four equations, keyed by its state and name, per second.
 
     Args:
         x: the presynaptic neurons, then the postsynaptic ones.
@@ -97,7 +97,7 @@ def macro_model(
 
 
 def integrate(constants: object, steps_per_phase: int) -> list[float]:
-    """p^l, its mean over the synapses, at the end of every cycle; classical Runge-Kutta from rest.
+    """Return the mean of p^l over the synapses at the end of every cycle, by Runge-Kutta from rest.
 
     The input is on from the start of each cycle until `duty_cycle` of it.
     """

@@ -12,7 +12,7 @@ class Mutation(NamedTuple):
     file: str
     old: str  # occurs exactly once in the file
     new: str
-    breaks: str  # what is wrong afterwards
+    breaks: str  # the resulting mistake
     test: str  # the file of tests that should notice it first
 
 
@@ -42,7 +42,7 @@ SYSTEM_TESTS = "test_compared_systems.py"
 DATA_TESTS = "test_data_formats.py"
 EXTENSION_TESTS = "test_extensions.py"
 
-# name, file, old text, new text, what it breaks
+# name, file, old text, new text, resulting mistake
 _ATTENTION = [
     ("phi-positive", EQUATIONS, "torch.where(x >= 0, x + 1,", "torch.where(x >= 0, x,",
      "phi lacks the 1 above zero"),
@@ -197,7 +197,7 @@ _POSITIONS = [
      "wide bumps are as high as narrow ones"),
     ("basis-heads", ASTROMORPHIC, "if head % 2 else geometric", "if head % 2 == 0 else geometric",
      "even and odd heads are exchanged"),
-    ("basis-centres", ASTROMORPHIC, "/ max(num_hidden - 1, 1)) - 1", "/ max(num_hidden, 1)) - 1",
+    ("basis-centers", ASTROMORPHIC, "/ max(num_hidden - 1, 1)) - 1", "/ max(num_hidden, 1)) - 1",
      "the last bump is not at the last token"),
     ("basis-shared", "model.py", "rows, terms[i], layer_keys", "rows, terms[0], layer_keys",
      "all layers use the positions of the first"),

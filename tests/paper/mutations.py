@@ -1,4 +1,4 @@
-"""Make one-line changes to the mathematics and see that a test of this folder notices each.
+"""Make one-line changes to the mathematics and check that a test of this folder fails for each.
 
     python tests/paper/mutations.py                   # all changes of mutation_list.py
     python tests/paper/mutations.py --only NAME ...   # these
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 def find_mistakes(mutations: Sequence[Mutation]) -> list[str]:
-    """What is wrong with the list, one line each: old text absent or ambiguous, names twice."""
+    """Return the mistakes in the list, one line each: missing or ambiguous text, repeated names."""
     mistakes = []
     names = [mutation.name for mutation in mutations]
     mistakes += [f"{name}: two mutations have this name" for name in sorted(set(names))
@@ -67,7 +67,7 @@ def find_mistakes(mutations: Sequence[Mutation]) -> list[str]:
 
 
 def copy_tree(target: Path) -> None:
-    """What the tests of the paper need: modules, packages, configurations and themselves."""
+    """Copy the files that the tests of the paper need: modules, packages, configurations, tests."""
     for path in ROOT.iterdir():
         if path.is_dir():
             if path.name == "configs" or (path / "__init__.py").exists():
@@ -82,7 +82,7 @@ def copy_tree(target: Path) -> None:
 
 
 def run_pytest(folder: str, files: Sequence[str]) -> None:
-    """In a process of its own: test the copy in `folder` and exit with the status of pytest."""
+    """Test the copy in `folder` in a process of its own, which exits with the status of pytest."""
     import pytest
 
     os.chdir(folder)
@@ -97,7 +97,7 @@ def run_pytest(folder: str, files: Sequence[str]) -> None:
 
 
 def run_tests(mutation: Mutation | None) -> Outcome:
-    """Run the tests in a copy that `mutation` was made to; None leaves it as it is."""
+    """Run the tests in a copy that `mutation` was made to; None leaves it unchanged."""
     start = time.monotonic()
     stages = [sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_*.py"))]
     if mutation is not None:
@@ -126,7 +126,7 @@ def run_tests(mutation: Mutation | None) -> Outcome:
 
 
 def report(mutation: Mutation, outcome: Outcome) -> str:
-    """One line, and a second one for what must be looked into."""
+    """Print one line, and a second one if the mutation needs a closer look."""
     verdict = {NOTICED: "noticed", SURVIVED: "SURVIVED"}.get(outcome.status, "BROKEN")
     line = f"{verdict:9}{outcome.seconds:5.1f} s  {mutation.name}: "
     if verdict == "noticed":

@@ -1,6 +1,6 @@
 """The paper's equations written out: one sample, one row at a time, in double precision.
 
-Nothing here comes from the implementation. A model is a mapping from the names of its weights to
+It shares no code with the implementation. A model is a mapping from the names of its weights to
 arrays and a mapping of the configuration's keys; a segment is a loop, a mask is an `if`. Letters
 are the paper's: X (n x D) rows of a segment, M memory tokens before S tokens, m neurons of a head.
 
@@ -24,7 +24,7 @@ Keys = Mapping[str, object]  # of the configuration
 
 
 def phi(x: Array) -> Array:
-    """elu(x) + 1."""
+    """Return elu(x) + 1."""
     return np.where(x > 0, x, np.expm1(np.minimum(x, 0))) + 1
 
 
@@ -38,7 +38,7 @@ def softmax(scores: Sequence[float]) -> Array:
 
 
 def position_kernel(n: int, decay_scale: float) -> Array:
-    """P_ij = exp(-|i - j| decay_scale), (n x n)."""
+    """Return P_ij = exp(-|i - j| decay_scale), (n x n)."""
     kernel = np.empty((n, n))
     for i in range(n):
         for j in range(n):
@@ -47,7 +47,7 @@ def position_kernel(n: int, decay_scale: float) -> Array:
 
 
 def relative_positions(basis: Array, decay_scale: float) -> Array:
-    """R = B^T D with D = B P B^T, (n x m), of one head's B (m x n)."""
+    """Return R = B^T D with D = B P B^T, (n x m), of one head's B (m x n)."""
     between_neurons = basis @ position_kernel(basis.shape[1], decay_scale) @ basis.T  # D (m x m)
     return basis.T @ between_neurons
 
@@ -56,7 +56,7 @@ def astromorphic_head(
     Q: Array, K: Array, V: Array, real: Sequence[bool], R: Array | None, *,
     alpha: float, divisor: float, take_sigmoid: bool = False, normalize: bool = True,
 ) -> Array:
-    """(phi(Q) H) * P, (n x d_v), the residual left out; R None leaves out H_astro."""
+    """Return (phi(Q) H) * P, (n x d_v), without the residual; without H_astro if R is None."""
     n, m = Q.shape
     neuron, astro = np.zeros((m, V.shape[1])), np.zeros((m, V.shape[1]))
     total = np.zeros(m)
@@ -79,7 +79,7 @@ def astromorphic_head(
 
 
 def linear_head(Q: Array, K: Array, V: Array, real: Sequence[bool]) -> Array:
-    """Row i is sum_t w_it v_t / sum_t w_it with w_it = phi(q_i) phi(k_t)."""
+    """Return rows i: sum_t w_it v_t / sum_t w_it with w_it = phi(q_i) phi(k_t)."""
     output = np.zeros((len(Q), V.shape[1]))
     for i in range(len(Q)):
         weights = [phi(Q[i]) @ phi(K[t]) if real[t] else 0.0 for t in range(len(K))]
@@ -88,7 +88,7 @@ def linear_head(Q: Array, K: Array, V: Array, real: Sequence[bool]) -> Array:
 
 
 def softmax_head(Q: Array, K: Array, V: Array, real: Sequence[bool]) -> Array:
-    """Row i is the mean of the real rows of V, weighted by exp(q_i k_t / sqrt(d))."""
+    """Return rows i: the mean of the real rows of V, weighted by exp(q_i k_t / sqrt(d))."""
     seen = [t for t in range(len(K)) if real[t]]
     output = np.zeros((len(Q), V.shape[1]))
     for i in range(len(Q)):
@@ -133,7 +133,7 @@ def nystrom_head(
 
 
 def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bool]) -> Array:
-    """The attention block of one layer without its residual, (n x D)."""
+    """Return the attention block of one layer without its residual, (n x D)."""
     D, heads = X.shape[1], keys["num_heads"]
     d = D // heads
     kind = keys["attention_type"]
@@ -196,7 +196,7 @@ def attend(weights: Weights, layer: str, keys: Keys, X: Array, real: Sequence[bo
 
 
 def layer_norm(x: Array, weights: Weights, name: str) -> Array:
-    """Each row to mean 0 and variance 1, then weight and bias."""
+    """Normalize each row to mean 0 and variance 1, then apply weight and bias."""
     rows = []
     for row in x:
         mean = sum(row) / len(row)
@@ -206,7 +206,7 @@ def layer_norm(x: Array, weights: Weights, name: str) -> Array:
 
 
 def gelu(x: Array | Sequence[Array]) -> Array:
-    """x times the normal distribution function of x."""
+    """Return x times the normal distribution function of x."""
     return np.array([
         [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in row] for row in x
     ])
@@ -227,7 +227,7 @@ def encoder_layer(
 
 
 def position_embedding(weights: Weights, keys: Keys, at: int) -> Array:
-    """Of the token at place `at` of the whole sequence, counted from 0."""
+    """Return the embedding of position `at` of the full sequence, counted from 0."""
     D = keys["dim"]
     if keys["position_embedding"] == "learned":
         return weights["position_table"][at]
@@ -284,7 +284,7 @@ def encode(
 def logits(
     weights: Weights, keys: Keys, tokens: Sequence[int], real: Sequence[bool] | None = None
 ) -> Array:
-    """The whole forward pass of one example, (C,)."""
+    """Return the logits of one example, (C,), by the full forward pass."""
     real = [True] * len(tokens) if real is None else list(real)
     if keys["document_pair"] == "separate":
         half = len(tokens) // 2
@@ -304,7 +304,7 @@ def logits(
 def mean_loss(
     weights: Weights, keys: Keys, tokens: Array, mask: Array | None, labels: Sequence[int]
 ) -> float:
-    """The mean over the examples of -log softmax(logits)[label], in nats."""
+    """Return the mean over the examples of -log softmax(logits)[label], in nats."""
     losses = []
     for row, label in enumerate(labels):
         scores = logits(weights, keys, tokens[row], None if mask is None else mask[row])

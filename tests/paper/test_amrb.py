@@ -1,4 +1,4 @@
-"""AMRB: the gradients of BPTT, which are those of the loops, at one segment's activations."""
+"""AMRB: it has the gradients of BPTT and of the loops, and stores one segment's activations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gradients(config, backward, masks=True, seed=1, **arguments) -> dict[str, to
     {"dataset": "aan", "document_pair": "separate", "num_segments": 6},
 ], ids=str)
 def test_both_gradients_are_that_of_the_mean_loss_of_the_loops(variant):
-    """By central differences of the written-out pass, along a random direction per weight."""
+    """Compared with central differences of the loops, along a random direction per weight."""
     config = small_config(num_layers=1, **variant)
     keys, batch = config.model_dump(), small_batch(config)
     weights = arrays(small_model(config))
@@ -56,7 +56,7 @@ def test_both_gradients_are_that_of_the_mean_loss_of_the_loops(variant):
     for name, value in weights.items():
         direction = random.standard_normal(value.shape)
         if name == "token_embedding.weight":
-            direction[0] = 0  # of padding: it takes no gradient, and no real token has its id
+            direction[0] = 0  # padding takes no gradient, and no real token has its id
         there, back = (
             reference.mean_loss({**weights, name: value + sign * step * direction}, keys, *rows)
             for sign in (1, -1)
@@ -102,7 +102,7 @@ def test_amrb_leaves_the_gradients_of_bptt_whatever_is_switched(change):
 def test_every_segment_runs_once_without_and_once_with_gradients_but_for_the_last(
     monkeypatch, num_segments, kept
 ):
-    """So that a step costs (4T - k) / (3T) of BPTT: 2T - k forward passes, T backward."""
+    """A step thus costs (4T - k) / (3T) of BPTT: 2T - k forward passes and T backward."""
     runs = []
     segment = RMAAT.segment
 
@@ -129,7 +129,7 @@ def test_kept_segments_change_no_gradient(kept):
 
 
 class HeldBytes:
-    """The most bytes that autograd held for the backward pass at one time."""
+    """Records the peak of the bytes that autograd stores for the backward pass."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
@@ -163,7 +163,7 @@ def test_activations_are_those_of_one_segment_whatever_their_number():
 
 
 def test_the_replay_starts_from_the_memories_of_the_first_pass(monkeypatch):
-    """mem_1 .. mem_T, the factor included, are what the buffer holds; nothing is computed anew."""
+    """The buffer holds mem_1 ... mem_T with the factor applied; none is computed again."""
     entered = {False: {}, True: {}}
     segment = RMAAT.segment
 

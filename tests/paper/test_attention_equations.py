@@ -1,4 +1,4 @@
-"""Astromorphic attention: each term against numbers worked out by hand, all against loops."""
+"""Astromorphic attention: each term equals hand-computed numbers, and all equal the loops."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def hand_worked(backend, queries=Q, keys=K, **changes) -> AstromorphicAttention:
 
 
 def read(attention, positions=None, mask=None) -> torch.Tensor:
-    """What the two rows read, (2, 2)."""
+    """Return the responses of the two rows, (2, 2)."""
     x = torch.eye(2, dtype=torch.float64)[None]
     mask = None if mask is None else torch.tensor([mask])
     positions = None if positions is None else torch.tensor([positions]).double()
@@ -69,7 +69,7 @@ def test_each_term_of_the_neuronal_response_is_what_it_is_by_hand(backend, chang
 
 @BACKENDS
 @pytest.mark.parametrize(("changes", "expected"), [
-    # m (H_neuron + H_astro) = [1 30; 1 160] + [1 6; 2 8]; g and C know nothing of R.
+    # m (H_neuron + H_astro) = [1 30; 1 160] + [1 6; 2 8]; g and C do not depend on R.
     ({}, [[4 / 8, 186 / 8], [4.5 / 9, 138 / 9]]),
     ({"hebbian_sigmoid": True}, [
         [(s(1) + 2 * s(1.5)) / 8, (s(18) + 2 * s(84)) / 8],
@@ -82,7 +82,7 @@ def test_the_astrocytic_weight_is_added_to_the_neuronal_one(backend, changes, ex
 
 @BACKENDS
 def test_a_padded_row_is_no_key_in_either_weight_nor_in_the_calcium(backend):
-    # Of the first row alone: m H = (phi(k_1) + phi(r_1))^T v_1 = [2 0; 3 0], g = [1 1], C = [3; 4].
+    # The first row alone: m H = (phi(k_1) + phi(r_1))^T v_1 = [2 0; 3 0], g = [1 1], C = [3; 4].
     actual = read(hand_worked(backend), PHI_R, [True, False])
     close(actual, [[(2 + 2 * 3) / 2 / 3, 0], [(3 * 2 + 3) / 2 / 4, 0]], 1e-12)
 
@@ -169,7 +169,7 @@ VARIANTS = [
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_attention_and_its_gradient_are_those_of_the_loops(backend, variant, padded):
-    """The gradient by central differences of the loops, along a random direction per weight."""
+    """The gradient is checked by central differences along a random direction per weight."""
     config = small_config(**variant, attention_backend=backend)
     keys = config.model_dump()
     attention = shaken(AstromorphicAttention(config))
@@ -208,7 +208,7 @@ def test_attention_and_its_gradient_are_those_of_the_loops(backend, variant, pad
 
 
 def test_each_layer_and_head_has_its_own_basis():
-    """A change of one head's B in one layer moves that layer's positions of that head alone."""
+    """A change of one head's B in one layer changes only the positions of that head and layer."""
     model = small_model(small_config(num_layers=3))
     before = model.positions()
     with torch.no_grad():

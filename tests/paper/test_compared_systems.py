@@ -1,4 +1,4 @@
-"""The systems of the published tables: what each is made of, as configuration and as model."""
+"""The systems of the published tables: their components, as configuration and as model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from model import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TASKS = {
-    # Tokens of the published table's columns.
+    # Sequence lengths of the published table's columns.
     "listops": ("listops", 2048), "text": ("imdb_lra", 4096), "retrieval": ("aan", 8192),
     "image": ("cifar10", 1024), "pathfinder": ("pathfinder32", 1024),
 }
@@ -32,7 +32,7 @@ class System(NamedTuple):
     """A row of the paper's comparison."""
 
     attention: str
-    memory: bool  # tokens that carry over to the next segment
+    memory: bool  # tokens passed to the next segment
     factor: bool  # retention factor on them
     segments: bool  # more than one
     amrb: bool
@@ -52,10 +52,10 @@ SYSTEMS = {
 
 
 def system_config(system: str, task: str, **changes):
-    """A task's configuration with a system's table over it, as the tables are trained."""
+    """Return a task's configuration with a system's overrides, as the tables are trained."""
     table = yaml.safe_load((CONFIGS / "tables" / f"{system}.yaml").read_text())
     values = {**table, **changes}
-    if values.get("num_segments") == 1:  # of each document, where two are encoded apart
+    if values.get("num_segments") == 1:  # of each document, if two are encoded separately
         values["num_segments"] = load_config(CONFIGS / f"{task}.yaml").num_sequences
     overrides = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
     return load_config(CONFIGS / f"{task}.yaml", overrides)
@@ -87,7 +87,7 @@ def test_a_table_changes_the_mechanism_and_leaves_width_depth_and_budget(system)
     mechanism = {
         "attention_type", "num_memory_tokens", "num_segments", "astro_mem", "hebbian_sigmoid",
         "memory_replay_backprop", "nystrom_landmarks", "nystrom_conv",
-        # Of the local start, which some tasks give RMAAT, and in the place of its code of places
+        # Keys of the neighbor initialization, and the learned positions that replace its code
         "num_hidden", "basis_init", "position_embedding", "position_init", "decay_scale",
         "hebbian_divisor", "position_lr_factor",
     }
@@ -184,7 +184,7 @@ def test_a_run_trains_with_amrb_or_with_bptt_as_its_key_says(replay, tmp_path, m
 
 
 def test_loss_and_accuracy_count_every_example_once():
-    """Over batches of different sizes; the accuracy is a fraction, the loss in nats."""
+    """Batches differ in size; the accuracy is a fraction, the loss is in nats."""
     model = small_model(small_config())
     batch = small_batch(model.config)
     batches = [Batch(*(part[rows] for part in batch)) for rows in (slice(4), slice(4, 5))]
@@ -203,7 +203,7 @@ def test_loss_and_accuracy_count_every_example_once():
 
 
 def test_nystrom_with_a_landmark_per_row_is_softmax_attention():
-    """F A^+ B is then A A^+ A = A, once the iteration has converged."""
+    """F A^+ B is then A A^+ A = A, after the iteration has converged."""
     nystrom = small_config(
         attention_type="nystrom", nystrom_landmarks=16, nystrom_conv=0
     )

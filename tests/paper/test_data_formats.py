@@ -1,4 +1,4 @@
-"""From the official files to token ids, labels and batches; generated data by their own rules."""
+"""Official files give the right token ids, labels and batches; generated data obey the rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def read(data: Path, dataset: str, part: str, **changes) -> list[tuple[list[list[int]], int]]:
-    """The examples of a part: (token ids of each document, label)."""
+    """Return the examples of a split: (token ids of each document, label)."""
     reader = open_dataset(make_config({"dataset": dataset, "data_dir": str(data), **changes}))
     return [
         ([(document.astype(int) + reader.tokenizer.offset).tolist() for document in documents],
@@ -56,7 +56,7 @@ def test_listops_drops_the_parentheses_and_the_header_at_both_depths(tmp_path, d
 
 
 def evaluate(source: str) -> tuple[int, int, int, set[int]]:
-    """Value, tokens, depth and numbers of arguments of a ListOps source."""
+    """Return value, tokens, depth and numbers of arguments of a ListOps source."""
     stack: list[list] = [[]]
     counts, depth = set(), 1
     tokens = source.replace("(", "").replace(")", "").split()
@@ -79,8 +79,8 @@ def evaluate(source: str) -> tuple[int, int, int, set[int]]:
     return value, len(tokens), depth, counts
 
 
-def test_generated_listops_are_what_they_say(tmp_path):
-    """Values, lengths between the bounds, 2 to 10 arguments, at most ten deep, no twins."""
+def test_generated_listops_obey_the_rules(tmp_path):
+    """Values, lengths within the bounds, 2 to 10 arguments, depth at most ten, no duplicates."""
     folder = generate_listops(
         tmp_path, seed=0, train=400, val=50, test=50, workers=1, min_length=20, max_length=200
     )
@@ -134,11 +134,11 @@ def test_the_first_bytes_are_kept(tmp_path):
 
 
 def test_words_are_lower_case_runs_of_letters_digits_and_apostrophes(tmp_path):
-    """Ids from 2 on: the most frequent word first, equals in alphabetical order; 1 is unknown."""
+    """Ids start at 2, by frequency, then in alphabetical order; 1 is the unknown word."""
     write_imdb(tmp_path)
     reader = open_dataset(make_config({"dataset": "imdb", "data_dir": str(tmp_path)}))
     words = reader.tokenizer.vocabulary
-    # Every review says the first three, half of them each of the next two.
+    # Every review has the first three words, and half of them each of the next two.
     assert words[:3] == ["café", "it's", "no"] and set(words[3:5]) == {"neg", "pos"}
     (review,), label = read(tmp_path, "imdb", "test")[0]  # It's neg!<br />No. 0, café
     assert review == [3, words.index("neg") + 2, 4, words.index("0") + 2, 2] and label == 0
@@ -148,25 +148,25 @@ def test_words_are_lower_case_runs_of_letters_digits_and_apostrophes(tmp_path):
 
 # ---- images --------------------------------------------------------------------------------------
 
-COLOURS = {  # grey = 0.2989 R + 0.5870 G + 0.1140 B, to the nearest
+COLOURS = {  # gray = 0.2989 R + 0.5870 G + 0.1140 B, to the nearest
     (255, 0, 0): 76, (0, 255, 0): 150, (0, 0, 255): 29, (255, 255, 255): 255, (0, 0, 0): 0,
     (1, 1, 1): 1, (10, 20, 30): 18, (200, 100, 7): 119,
 }
 
 
-def test_cifar10_is_grey_in_raster_order_with_red_green_and_blue_weighted(tmp_path):
+def test_cifar10_is_gray_in_raster_order_with_red_green_and_blue_weighted(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     images = np.zeros((10, 3, 1024), dtype=np.uint8)
-    for place, colour in enumerate(COLOURS):
-        images[3, :, place] = colour
+    for place, color in enumerate(COLOURS):
+        images[3, :, place] = color
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         batch = {b"data": images.reshape(10, 3072), b"labels": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}
         (folder / name).write_bytes(pickle.dumps(batch))
     rows = read(tmp_path, "cifar10", "train")
     assert [label for _, label in rows] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0] * 5
     (tokens,), label = rows[3]
-    assert tokens == [grey + 1 for grey in COLOURS.values()] + [1] * (1024 - len(COLOURS))
+    assert tokens == [gray + 1 for gray in COLOURS.values()] + [1] * (1024 - len(COLOURS))
     assert label == 6
     _, found = splits(tmp_path, "cifar10")
     assert [len(found[name]) for name in ("train", "val", "test")] == [45, 5, 10]
@@ -263,7 +263,7 @@ def test_a_batch_is_padded_on_the_right_with_zeros_and_keeps_rows_and_labels_tog
         [4, 10, 11, 12, 13, 5, 0, 0], [7, 0, 0, 0, 0, 0, 0, 0], [14, 15, 0, 0, 0, 0, 0, 0]
     ]
     assert batch.mask.sum(dim=1).tolist() == [6, 1, 2] and (batch.tokens != 0).equal(batch.mask)
-    # To whole segments where shapes must be few; without a mask where nothing is padded.
+    # Padded to full segments if shapes must be few; without a mask if nothing is padded.
     whole = collate(split, np.array([0]), config, CPU, whole_segments=True)
     assert whole.tokens.shape == (1, 4)
     assert collate(split, np.array([1]), config, CPU).mask is None

@@ -1,4 +1,4 @@
-"""The encoder layer around the attention: post-norm, each residual once, dropout beside them."""
+"""The encoder layer around the attention: post-norm, residuals added once, and dropout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_layer_is_that_of_the_loops(attention_type):
 
 
 def test_both_blocks_add_their_input_once():
-    """With blocks that give nothing a layer is its two norms; a block's output is added to it."""
+    """With zero blocks a layer is its two norms; a block's output is added once."""
     layer = shaken(EncoderLayer(small_config()))
     with torch.no_grad():
         for linear in (layer.attention.to_out, layer.contract):
@@ -50,14 +50,14 @@ def test_both_blocks_add_their_input_once():
 
 
 def dropped(before: torch.Tensor, after: torch.Tensor, p: float) -> torch.Tensor:
-    """Where `after` is 0; elsewhere it must be `before` scaled by 1 / (1 - p)."""
+    """Return where `after` is 0; elsewhere it must be `before` scaled by 1 / (1 - p)."""
     zero = after == 0
     close(after[~zero], before[~zero] / (1 - p))
     return zero
 
 
 def test_dropout_acts_on_embeddings_attention_hidden_and_output_but_on_no_residual():
-    """Four places, each with masks of its own in every layer and segment, at the rate asked for."""
+    """Every layer and segment has masks of its own for each, with the given rate."""
     p = 0.4
     config = small_config(dropout=p, dim=64, ffn_dim=64, num_memory_tokens=8)
     model = small_model(config).train()

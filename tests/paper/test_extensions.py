@@ -1,4 +1,4 @@
-"""What is not published and off by default: neighbors, token mixer, intensity, norms, Muon."""
+"""Extensions, off by default: neighbors, token mixer, intensity pooling, read-out norm, Muon."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_each_head_first_copies_the_token_at_its_offset(offsets, S, digits):
         expected = torch.zeros(M + S, M + S)
         for i in range(S):
             expected[M + i, M + (i + offset) % S] = 1
-        expected[:M] = expected[-1]  # the memory reads as the last row does
-        assert (weights - expected).abs().sum(dim=1).max() < 0.5  # of 2: what they do not share
+        expected[:M] = expected[-1]  # memory rows read as the last row does
+        assert (weights - expected).abs().sum(dim=1).max() < 0.5  # disjoint rows have 2
 
 
 @pytest.mark.parametrize("positions", ["none", "learned"])

@@ -1,4 +1,4 @@
-"""The whole forward pass against the loops: segments, memory, padding, read-outs, documents."""
+"""The full forward pass equals the loops: segments, memory, padding, read-outs, documents."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_two_documents_encoded_apart_meet_in_the_head_alone(pooling, hidden):
     model = small_model(config)
     batch = small_batch(config)
     close(model(batch.tokens, batch.mask), reference_logits(model, batch.tokens, batch.mask))
-    # Each has half the segments, and the factors and places of that half.
+    # Each has half the segments, with the factors and positions of that half.
     assert len(model.retention_factors) == 3 and len(model.position_table) == 6
     assert (model.head[0] if hidden else model.head).in_features == 4 * config.dim
 
@@ -121,7 +121,7 @@ def test_a_sequence_without_a_real_token_is_the_zero_vector(pooling):
 
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
 def test_memories_follow_the_recurrence_and_an_empty_segment_leaves_them(attention_type):
-    """mem_1 is learned; mem_{t+1} = factor(t, T) mem'_{t+1}, or mem_t where nothing is real."""
+    """mem_1 is learned; mem_{t+1} = factor(t, T) mem'_{t+1}, or mem_t if the segment is empty."""
     config = small_config(attention_type=attention_type)
     model, batch = small_model(config), small_batch(config)
     segments, _ = model.split(batch.tokens, batch.mask)
@@ -143,7 +143,7 @@ def test_memories_follow_the_recurrence_and_an_empty_segment_leaves_them(attenti
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_segment_is_pure(pooling):
-    """Called twice, or between other calls, it gives the same; nothing is kept in the model."""
+    """Repeated calls give equal results, also between other calls: the model keeps no state."""
     config = small_config(pooling=pooling)
     model, batch = small_model(config), small_batch(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Relative positions R = B^T B P B^T, their start, and the position embeddings of the tokens."""
+"""Relative positions R = B^T B P B^T, their initialization, and position embeddings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train import amrb_backward, bptt_backward
 
 
 def attention_over(n: int, m: int, decay_scale: float, heads: int = 1) -> AstromorphicAttention:
-    """Over one memory token and n - 1 others, with heads of m neurons."""
+    """Build attention over one memory token and n - 1 others, with heads of m neurons."""
     torch.manual_seed(0)
     attention = AstromorphicAttention(small_config(
         max_seq_len=n - 1, num_segments=1, num_memory_tokens=1, num_heads=heads, dim=m * heads,
@@ -35,13 +35,13 @@ def test_relative_positions_are_what_they_are_by_hand(basis, expected):
     attention = attention_over(2, len(basis), math.log(2))
     with torch.no_grad():
         attention.position_basis.copy_(torch.tensor([basis]))
-    close(attention.positions()[0], np.array(expected) + 1.0, 1e-12)  # phi of what is positive
+    close(attention.positions()[0], np.array(expected) + 1.0, 1e-12)  # phi of a positive number
 
 
 @pytest.mark.parametrize("decay_scale", [0.0, 0.02, 1.0, 40.0])
 @pytest.mark.parametrize("n", [2, 3, 128, 129, 300])
 def test_positions_are_phi_of_the_dense_matrices(n, decay_scale):
-    """n on both sides of a chunk of the recurrence, over one chunk and over several."""
+    """The lengths n lie below, at and above the chunks of the recurrence."""
     attention = attention_over(n, 3, decay_scale, heads=2)
     expected = [
         reference.phi(reference.relative_positions(basis, decay_scale))
@@ -81,24 +81,24 @@ def test_the_decay_falls_with_the_distance():
     assert (kernel[0].diff() < 0).all()
 
 
-def test_localised_neurons_start_as_one_bump_each_behind_the_memory_rows():
-    """Centres in a geometric row from the first token to the last, widths by the gap between."""
+def test_landmark_neurons_are_initialized_as_one_bump_each_after_the_memory_rows():
+    """Centers grow geometrically from the first token to the last; widths follow the gaps."""
     torch.manual_seed(0)
     M, S, m = 3, 64, 8
     config = small_config(
         num_memory_tokens=M, max_seq_len=S, num_segments=1, dim=2 * m, basis_init="landmarks"
     )
     basis = AstromorphicAttention(config).position_basis.detach().double()
-    centres = [S ** (j / (m - 1)) - 1 for j in range(m + 1)]
+    centers = [S ** (j / (m - 1)) - 1 for j in range(m + 1)]
     rows = torch.arange(-M, S)
     for j in range(m):
-        width = max(0.7 * (centres[j + 1] - centres[j]), 0.7)
-        bump = 1.5 / width**0.5 * torch.exp(-0.5 * ((rows - centres[j]) / width) ** 2)
+        width = max(0.7 * (centers[j + 1] - centers[j]), 0.7)
+        bump = 1.5 / width**0.5 * torch.exp(-0.5 * ((rows - centers[j]) / width) ** 2)
         assert (basis[0, j] - bump).abs().max() < 5 * 0.02  # noise
     assert basis.argmax(dim=2)[:, 0].tolist() == [M, M]
-    # Odd heads read every token of the start, then what even heads read.
+    # Odd heads read each of the first tokens, then the centers of even heads.
     stepwise = basis.argmax(dim=2)[1, :4].tolist()
-    assert stepwise == [M + round(max(j, centres[j])) for j in range(4)]
+    assert stepwise == [M + round(max(j, centers[j])) for j in range(4)]
 
 
 @pytest.mark.parametrize("backward", [bptt_backward, amrb_backward])
@@ -124,8 +124,8 @@ def test_only_the_astrocytic_weight_has_positions(changes, present):
 
 
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal", "none"])
-def test_tokens_are_embedded_by_their_place_in_the_whole_sequence(kind):
-    """And memory rows are not: what enters the first layer, segment by segment."""
+def test_tokens_are_embedded_by_their_position_in_the_full_sequence(kind):
+    """Checks the input of the first layer, segment by segment; memory rows have no position."""
     config = small_config(position_embedding=kind)
     model, seen = small_model(config), []
     model.layers[0].register_forward_hook(lambda _layer, inputs, _y: seen.append(inputs[0]))
@@ -146,8 +146,8 @@ def test_tokens_are_embedded_by_their_place_in_the_whole_sequence(kind):
         assert model.position_table.shape == (config.max_seq_len, config.dim)
 
 
-def test_sinusoidal_embeddings_hold_for_places_no_table_would():
-    """Against angles worked out in whole numbers at a place beyond a million."""
+def test_sinusoidal_embeddings_are_exact_at_very_large_positions():
+    """Compared with angles in integer arithmetic at a position beyond a million."""
     config = small_config(
         position_embedding="sinusoidal", max_seq_len=4 * 300_000, num_segments=300_000, dim=2,
         num_heads=1,

@@ -1,4 +1,4 @@
-"""The neuron-astrocyte macro model, term by term, and the retention factors it yields."""
+"""The neuron-astrocyte macro model, term by term, and its retention factors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from astrocyte import (
     simulate,
 )
 
-# Odd sizes, and no two constants equal: nothing may be taken for anything else.
+# Odd sizes and different constants, so that no two can be confused.
 ODD = replace(
     DEFAULT, num_pre=4, num_post=2, tau_n=0.3, lambda_n=1.1, tau_s=0.7, beta=1.9, tau_p_short=1.3,
     gamma_short=2.3, tau_p_long=17.0, gamma_long=0.9, coupling_strength=0.4, coupling_length=1.7,
@@ -29,7 +29,7 @@ ODD = replace(
 
 
 def random_state(parameters, seed: int = 0) -> tuple[State, np.ndarray]:
-    """A state and an input, of both signs."""
+    """Return a state and an input, with values of both signs."""
     random = np.random.default_rng(seed)
     pre, post = parameters.num_pre, parameters.num_post
     synaptic = [random.standard_normal((post, pre)) for _ in range(3)]
@@ -52,7 +52,7 @@ def without_presynaptic_activity(state: State) -> State:
     return state._replace(x=np.where(np.arange(len(state.x)) < ODD.num_pre, 0, state.x))
 
 
-# For each term the cause that, taken away, takes away this term of the equation and no other.
+# For each term a change of the constants or the input that removes this term and no other.
 ALONE = [
     ("x", "leak", lambda s, b, p: (s, b, replace(p, lambda_n=0.0))),
     ("x", "synaptic input", lambda s, b, p: (without_presynaptic_activity(s), b,
@@ -75,7 +75,7 @@ ALONE = [
 def test_each_term_of_each_equation_is_there(variable, term, take_away):
     state, drive = random_state(ODD)
     reduced_state, reduced_drive, reduced = take_away(state, drive, ODD)
-    # The leak of x is off on both sides where x itself is changed.
+    # The leak of x is off on both sides if x itself is changed.
     full = replace(ODD, lambda_n=0.0) if term == "synaptic input" else ODD
     change = (
         getattr(derivatives(state, drive, full), variable)
@@ -109,7 +109,7 @@ def test_the_paper_simulates_three_by_three_neurons_over_six_cycles():
 
 @pytest.fixture(scope="module")
 def odd_run():
-    """Asymmetric in time and space, of which both integrations are quick."""
+    """Return constants, asymmetric in time and space, that both integrations solve quickly."""
     return replace(ODD, num_cycles=2, duty_cycle=0.3, tau_cycle=6.0, input_strength=0.8)
 
 
@@ -166,7 +166,7 @@ def test_factors_are_positive_sum_to_one_fall_with_t_and_with_T(T):
 
 
 def test_later_cycles_follow_the_decay_of_the_slow_process():
-    """Simulating three cycles and continuing gives what simulating twelve gives."""
+    """Three simulated cycles with the continuation equal twelve simulated cycles."""
     constants = replace(DEFAULT, gamma_long=0.7, tau_p_long=50.0)
     few, many = (replace(constants, num_cycles=cycles) for cycles in (3, 12))
     close(retention_factors(12, few), retention_factors(12, many), 1e-6)
@@ -179,7 +179,7 @@ def test_where_saturation_underflows_factors_stay_finite_and_never_rise(T):
 
 
 def test_the_growth_is_that_of_the_mean_over_all_synapses():
-    """p^l of a single synapse grows differently where the astrocyte couples it to fewer others."""
+    """p^l of a synapse at the border differs, as the astrocyte couples it to fewer others."""
     trajectory = simulate(replace(DEFAULT, coupling_strength=0.3))
     at_ends = trajectory.p_long[trajectory.cycle_ends]
     shares = np.diff(at_ends.mean(axis=(1, 2)))
@@ -188,7 +188,7 @@ def test_the_growth_is_that_of_the_mean_over_all_synapses():
 
 @pytest.mark.parametrize("astro_mem", [True, False])
 def test_a_factor_multiplies_the_memory_that_leaves_its_segment(astro_mem):
-    """Segment t of a whole sequence, whatever entered it; the tokens' read-out has no factor."""
+    """It depends on the segment's index only; the read-out of the tokens has no factor."""
     config = small_config(astro_mem=astro_mem, pooling="memory")
     model = small_model(config)
     tokens = torch.randint(1, 16, (2, 4), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The packed cache: where it lies, who may use it, and that nobody packs twice."""
+"""The packed cache: its location, its users, and that data are packed only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lra_datasets import open_dataset
 
 @pytest.fixture
 def data(tmp_path: Path, listops_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A private copy of the small data, packed, and an empty cache of the user."""
+    """Return a private copy of the small data, packed, with an empty cache of the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     target = tmp_path / "datasets"
     shutil.copytree(listops_dir, target, ignore=shutil.ignore_patterns(".cache"))
@@ -62,7 +62,7 @@ def test_packing_for_read_only_data_goes_to_the_users_cache_and_says_so(
     data, tmp_path, monkeypatch, capsys
 ):
     make_read_only(data, monkeypatch)
-    load(data, max_seq_len=48)  # nobody has packed it for this length
+    load(data, max_seq_len=48)  # not yet packed for this length
     (line,) = capsys.readouterr().err.splitlines()
     assert str(data / ".cache") in line and "cache_dir" in line
     assert packed(tmp_path / "home" / "rmaat") == PARTS
@@ -79,7 +79,7 @@ def test_cache_dir_names_the_cache(data, tmp_path):
 
 def truncate(path: Path) -> None:
     content = path.read_bytes()
-    path.unlink()  # mapped by others
+    path.unlink()  # mapped by other processes
     path.write_bytes(content[:-1])
 
 

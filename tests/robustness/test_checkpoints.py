@@ -1,4 +1,4 @@
-"""Checkpoints, exported weights, logs and summaries: read, or refused in one line."""
+"""Checkpoints, exported weights, logs and summaries are read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config_of(data_dir: Path, folder: Path, **changes):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, listops_dir) -> Path:
-    """The folder of a run that stands at step 4 of 12."""
+    """Return the folder of a run that was stopped at step 4 of 12."""
     folder = tmp_path_factory.mktemp("stopped")
     train(config_of(listops_dir, folder, stop_after_steps=4))
     return folder / "run"
@@ -35,7 +35,7 @@ def stopped(tmp_path_factory, listops_dir) -> Path:
 
 @pytest.fixture
 def run(stopped, tmp_path) -> Path:
-    """A copy of that run's folder."""
+    """Return a copy of that run's folder."""
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
@@ -120,7 +120,7 @@ def test_the_state_of_another_model_is_refused_and_the_run_is_unchanged(
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_to_the_same_end(run, listops_dir, tmp_path):
-    """It held keys under their former names."""
+    """It holds keys under their old names."""
     train(config_of(listops_dir, tmp_path / "full"))
     state = torch.load(run / "last.pt")
     config = state["config"]
@@ -151,7 +151,7 @@ def test_a_run_does_not_resume_on_other_data(run, listops_dir, tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"{", b'{"dataset": "\xff"}', b'{"dataset": "listops", "colour": 1}',
+    b"{", b'{"dataset": "\xff"}', b'{"dataset": "listops", "color": 1}',
 ])
 def test_a_damaged_configuration_of_exported_weights_is_refused(run, content):
     (run / "config.json").write_bytes(content)

@@ -1,4 +1,4 @@
-"""The configuration: whatever a file or an override holds, it is read or refused in one line."""
+"""The configuration: every file and every override is read, or refused in one line."""
 
 from __future__ import annotations
 

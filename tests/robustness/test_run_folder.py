@@ -55,7 +55,7 @@ def test_a_second_run_in_a_folder_is_refused_and_names_the_first(tmp_path, listo
         result = run_cli("--config", path, *extra, cwd=tmp_path)
         assert_refused(result, f"process {other.pid} on", "set another run_name")
     assert os.listdir(tmp_path / "runs/run") == ["run.lock"]
-    other.kill()  # without clean-up: the operating system releases the lock
+    other.kill()  # without cleaning up: the operating system releases the lock
     other.wait()
     assert run_cli("--config", path, cwd=tmp_path).returncode == 0
     assert not (tmp_path / "runs/run/run.lock").exists()
