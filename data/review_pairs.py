@@ -35,7 +35,7 @@ class Review(NamedTuple):
 
 
 def read_reviews(folder: Path, part: str) -> list[Review]:
-    """The labelled reviews of `folder`/{part}/{pos,neg}, in the order of their names.
+    """Return the labeled reviews of `folder`/{part}/{pos,neg}, in the order of their names.
 
     Raises:
         FileNotFoundError: there is none.
@@ -65,7 +65,7 @@ def cut(text: bytes, share: float) -> tuple[bytes, bytes]:
 
 
 def pair_rows(reviews: Sequence[Review], rng: np.random.Generator) -> Iterator[bytes]:
-    """Rows `label, name, name, text, text` in random order, as many of label 1 as of label 0.
+    """Return rows `label, name, name, text, text` in random order, with as many of label 1 as 0.
 
     The longest review of a rating with an odd number of them is not used, and one couple at most.
     """

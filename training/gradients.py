@@ -109,7 +109,7 @@ def _leaf(x: Tensor) -> Tensor:
 def score(
     model: SegmentRecurrent, batch: Batch, scale: float = 1.0, seed: Tensor | None = None
 ) -> StepResult:
-    """The mean loss and the logits of a batch, without gradients."""
+    """Return the mean loss and the logits of a batch, without gradients."""
     with shared_weights(model):
         logits = model(batch.tokens, batch.mask, seed)
     return StepResult(scale * F.cross_entropy(logits, batch.labels), logits)
@@ -191,7 +191,7 @@ class GradientSums:
         return None if gradient is None else gradient.clone()
 
     def _widened(self, found: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Gradients in the precision of their sources."""
+        """Return gradients in the precision of their sources."""
         dtypes = {i: self.sources[i][0].dtype for i in found}
         narrow = {i: g for i, g in found.items() if g.dtype != dtypes[i]}
         wide = [torch.empty_like(g, dtype=dtypes[i]) for i, g in narrow.items()]
